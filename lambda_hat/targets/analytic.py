@@ -1,0 +1,149 @@
+"""Targets whose learning coefficient is known exactly: a quadratic and deep linear networks."""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from pydantic import Field, model_validator
+
+from lambda_hat import data
+from lambda_hat.chunks import Progress, no_progress
+from lambda_hat.target import (
+    DataSpec,
+    Dataset,
+    Objective,
+    Params,
+    Target,
+    TargetSpec,
+    mean_loss_float64,
+    num_params,
+)
+from lambda_hat.theory import deep_linear_llc
+
+
+class QuadraticData(DataSpec):
+    """Samples e_j ~ N(0, noise_scale^2 I) around which each sample's loss is a parabola."""
+
+    noise_scale: float = Field(1.0, ge=0, description="spread of the samples, hence of minibatch gradients; 0 = none")
+
+
+class QuadraticSpec(TargetSpec):
+    """Mean of per-sample parabolas l_j(w) = 1/2 sum_i h_i (w_i - e_ji)^2, so L_n(w) - L_n(w*) = 1/2 sum_i h_i (w_i - w*_i)^2.
+
+    w* is the samples' mean, the curvatures h are spaced evenly in log from 1/condition_number to 1. Exact llc d/2.
+    """
+
+    family: Literal["quadratic"] = "quadratic"
+    data: QuadraticData = QuadraticData(n_data=1000)
+    dim: int = Field(10, ge=2, description="number of parameters d")
+    condition_number: float = Field(10.0, ge=1, description="largest over smallest curvature")
+
+    def curvatures(self) -> np.ndarray:
+        """h, shape (d,), descending."""
+        return np.geomspace(1.0, 1.0 / self.condition_number, self.dim)
+
+    def build(self, progress: Progress = no_progress) -> Target:
+        samples = data.normal(self.seed, (self.data.n_data, self.dim), self.data.noise_scale).astype(self.precision)
+        mean = np.mean(samples, axis=0, dtype=np.float64).astype(self.precision)
+        curvatures = self.curvatures().astype(self.precision)
+        floor = 0.5 * np.sum(curvatures * np.mean(np.square(samples - mean), axis=0, dtype=np.float64))
+        dataset = Dataset({"e": samples}, {"h": curvatures, "mean": mean, "floor": floor.astype(self.precision)})
+        params = {"w": mean}
+        metrics = {
+            "init_loss": mean_loss_float64(self.objective(), params, dataset),
+            "num_params": self.dim, "num_data": self.data.n_data, "true_llc": f"{self.dim}/2",
+        }  # fmt: skip
+        return Target(self, params, dataset, metrics)
+
+    def objective(self) -> Objective:
+        return _QUADRATIC
+
+
+def _quadratic_per_sample(params: Params, dataset: Dataset) -> jax.Array:
+    return 0.5 * jnp.sum(dataset.constants["h"] * jnp.square(params["w"] - dataset.samples["e"]), axis=1)
+
+
+def _quadratic_mean(params: Params, dataset: Dataset) -> jax.Array:
+    h, mean, floor = (dataset.constants[name] for name in ("h", "mean", "floor"))
+    return floor + 0.5 * jnp.sum(h * jnp.square(params["w"] - mean))
+
+
+_QUADRATIC = Objective(_quadratic_per_sample, _quadratic_mean)
+
+
+class DeepLinearData(DataSpec):
+    """Inputs x ~ N(0, input_scale^2 I) and noise-free labels y = W0 x."""
+
+    input_scale: float = Field(1.0, gt=0, description="standard deviation of the inputs")
+
+
+class DeepLinearSpec(TargetSpec):
+    """Deep linear network f(x) = W_L ... W_1 x with l(w; x) = 1/2 |f(x) - W0 x|^2, at an exact zero of the loss.
+
+    Every layer of w* has rank exactly `rank` (w* = 0 for rank 0), the condition under which Aoyagi's lambda is the local value:
+    layer s is V_{s+1} D_s V_s^T, with V_s an orthonormal basis of `rank` directions of layer s's space and D_s diagonal
+    in [0.5, 1.5].
+    """
+
+    family: Literal["dln"] = "dln"
+    data: DeepLinearData = DeepLinearData(n_data=1_000_000)
+    widths: tuple[int, ...] = Field((5, 3, 5), min_length=2, description="layer widths from input to output")
+    rank: int = Field(0, ge=0, description="rank r of every layer and of the product")
+
+    @model_validator(mode="after")
+    def _rank_fits(self) -> Self:
+        if min(self.widths) < 1:
+            raise ValueError(f"every width must be at least 1; got widths={list(self.widths)}")
+        if self.rank > min(self.widths):
+            raise ValueError(f"rank must be at most the smallest width, {min(self.widths)}; got rank={self.rank}")
+        return self
+
+    def build(self, progress: Progress = no_progress) -> Target:
+        rng = np.random.default_rng(self.seed)
+        bases = [np.linalg.qr(rng.standard_normal((width, max(self.rank, 1))))[0][:, : self.rank] for width in self.widths]
+        layers = [
+            outer @ np.diag(rng.uniform(0.5, 1.5, self.rank)) @ inner.T
+            for inner, outer in zip(bases[:-1], bases[1:], strict=True)
+        ]
+        params = {f"layer_{s}": layer.astype(self.precision) for s, layer in enumerate(layers)}
+        x = data.normal(self.seed + 1, (self.data.n_data, self.widths[0]), self.data.input_scale).astype(self.precision)
+        # L_n depends on the inputs only through their second moment, so the full-data loss costs nothing in n.
+        second_moment = np.asarray(x.T, np.float64) @ x / len(x)
+        constants = {
+            # The product of the layers as rounded, so that w* is an exact zero of the loss in the target's precision.
+            "teacher": np.asarray(_product(params)),
+            "cholesky": np.linalg.cholesky(second_moment + 1e-12 * np.eye(len(second_moment))).astype(self.precision),
+        }
+        dataset = Dataset({"x": x}, constants)
+        metrics = {
+            "init_loss": mean_loss_float64(self.objective(), params, dataset),
+            "num_params": num_params(params), "num_data": self.data.n_data,
+            "true_llc": str(deep_linear_llc(self.widths, self.rank).llc),
+        }  # fmt: skip
+        return Target(self, params, dataset, metrics)
+
+    def objective(self) -> Objective:
+        return _DEEP_LINEAR
+
+
+def _product(params: Params) -> jax.Array:
+    """W_L ... W_1, shape (out, in)."""
+    return functools.reduce(lambda product, s: params[f"layer_{s}"] @ product, range(1, len(params)), params["layer_0"])
+
+
+def _deep_linear_per_sample(params: Params, dataset: Dataset) -> jax.Array:
+    # The product first: for batches larger than the widths this is far less work than layer by layer.
+    residual = dataset.samples["x"] @ (_product(params) - dataset.constants["teacher"]).T
+    return 0.5 * jnp.sum(jnp.square(residual), axis=1)
+
+
+def _deep_linear_mean(params: Params, dataset: Dataset) -> jax.Array:
+    residual = (_product(params) - dataset.constants["teacher"]) @ dataset.constants["cholesky"]
+    return 0.5 * jnp.sum(jnp.square(residual))
+
+
+_DEEP_LINEAR = Objective(_deep_linear_per_sample, _deep_linear_mean)
