@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,32 +26,44 @@ def run_in_chunks(
     carry: Any,
     start: int,
     total: int,
-    after_chunk: Callable[[Any, int], None] | None = None,
+    after_chunk: Callable[[Any, int], None],
     max_count: int = 2**20,
-) -> tuple[Any, float]:
-    """Advances `carry` from step `start` to step `total` in device calls of about `CHUNK_SECONDS`.
+) -> Any:
+    """Advances `carry` from step `start` to step `total` in device calls of about `CHUNK_SECONDS`; returns the final carry.
 
     Args:
       advance: (carry, start, count) -> carry, running `count` steps; `start` and `count` are traced, so all chunk lengths share
         one compiled program and the result does not depend on how the loop is cut.
       after_chunk: called with (carry, steps done) after every chunk.
       max_count: the most steps `advance` takes in a call.
-
-    Returns:
-      The final carry, and the seconds the first call took beyond its share: compilation.
     """
-    count, compile_seconds, first = 1, 0.0, True
+    count, compiled = 1, False
     while start < total:
         count = min(count, total - start, max_count)
         began = time.perf_counter()
         carry = jax.block_until_ready(advance(carry, start, count))
         elapsed = time.perf_counter() - began
         start += count
-        if first:  # nearly all of it is compilation; the next call is timed to choose the chunk
-            compile_seconds, first, next_count = elapsed, False, 4
-        else:
-            next_count = max(1, min(16 * count, int(count * CHUNK_SECONDS / max(elapsed, 1e-6))))
-        if after_chunk is not None:
-            after_chunk(carry, start)
-        count = next_count
-    return carry, compile_seconds
+        after_chunk(carry, start)
+        if compiled:
+            count = max(1, min(16 * count, int(CHUNK_SECONDS * count / elapsed)))
+        else:  # the first call's time is mostly compilation and says nothing of a step's
+            count, compiled = 4, True
+    return carry
+
+
+class CompileClock(threading.local):
+    """Seconds this thread has spent compiling, by JAX's own events."""
+
+    seconds = 0.0
+
+
+compile_clock = CompileClock()
+
+
+def _add_compile_seconds(event: str, duration: float, **_: Any) -> None:
+    if event.startswith("/jax/core/compile/") and "trace" not in event:  # traces nest, and would count twice
+        compile_clock.seconds += duration
+
+
+jax.monitoring.register_event_duration_secs_listener(_add_compile_seconds)

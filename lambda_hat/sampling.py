@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lambda_hat.chunks import Progress, no_progress, run_in_chunks
-from lambda_hat.posterior import Posterior, make_posterior
-from lambda_hat.run import RunSpec
+from lambda_hat.chunks import Progress, compile_clock, no_progress, run_in_chunks
+from lambda_hat.posterior import Posterior, PosteriorSpec, make_posterior
 from lambda_hat.samplers import Info, SamplerSpec
-from lambda_hat.target import Dataset, Objective, Params, Target
+from lambda_hat.target import Dataset, Objective, Params
 
 #: Draws a device call can hold before they are moved to the host.
 BUFFER_DRAWS = 1024
@@ -126,14 +125,17 @@ def _program(objective: Objective, spec: SamplerSpec) -> _Program:
 
 
 def sample(
-    spec: RunSpec,
-    target: Target,
+    objective: Objective,
+    params_star: Params,
+    dataset: Dataset,
+    posterior: PosteriorSpec,
+    sampler: SamplerSpec,
     *,
     resume: Checkpoint | None = None,
     save: Callable[[Checkpoint], None] | None = None,
     progress: Progress = no_progress,
 ) -> Trace:
-    """Draws from the posterior of `spec` around the target's w*.
+    """Draws from the local posterior around `params_star`, in the dtype of its leaves.
 
     Args:
       resume: where an earlier, interrupted call got to; the result is the same as without the interruption.
@@ -142,20 +144,29 @@ def sample(
     Returns:
       The trace. A chain that diverges holds NaN from then on; it is never an error.
     """
-    with jax.enable_x64(spec.target.precision == "float64"):
-        return _sample(spec, target, resume, save, progress)
+    dtype = jnp.dtype(jax.tree.leaves(params_star)[0].dtype)
+    with jax.enable_x64(dtype == jnp.float64):
+        return _sample(objective, params_star, dataset, posterior, sampler, dtype, resume, save, progress)
 
 
 def _sample(
-    spec: RunSpec, target: Target, resume: Checkpoint | None, save: Callable[[Checkpoint], None] | None, progress: Progress
+    objective: Objective,
+    params_star: Params,
+    dataset: Dataset,
+    posterior: PosteriorSpec,
+    sampler: SamplerSpec,
+    dtype: np.dtype,
+    resume: Checkpoint | None,
+    save: Callable[[Checkpoint], None] | None,
+    progress: Progress,
 ) -> Trace:
-    began = time.perf_counter()
-    sampler, dtype = spec.sampler, jnp.dtype(spec.target.precision)
-    program = _program(spec.target.objective(), sampler.static())
-    params_star, dataset = jax.device_put((target.params_star, target.dataset))
+    began, compiled = time.perf_counter(), compile_clock.seconds
+    program = _program(objective, sampler.static())
+    nbeta = posterior.resolve_nbeta(next(iter(dataset.samples.values())).shape[0])
+    params_star, dataset = jax.device_put((params_star, dataset))
     inputs = _Inputs(
         params_star, dataset, program.star_losses(params_star, dataset),
-        {"nbeta": jnp.asarray(spec.nbeta, dtype), "localization": jnp.asarray(spec.posterior.localization, dtype)},
+        {"nbeta": jnp.asarray(nbeta, dtype), "localization": jnp.asarray(posterior.localization, dtype)},
         {name: jnp.asarray(value, dtype) for name, value in sampler.numbers().items()},
         jax.random.key(sampler.seed),
     )  # fmt: skip
@@ -169,7 +180,10 @@ def _sample(
         state = jax.device_put(jax.tree.unflatten(structure, resume.leaves))
         parts, spent = [resume.draws], resume.seconds
     start = parts[0][FIELDS[0]].shape[1] if parts else 0
-    seconds = dict(spent)
+
+    def seconds() -> dict[str, float]:
+        compiling = compile_clock.seconds - compiled
+        return {"compile": spent["compile"] + compiling, "sampling": spent["sampling"] + time.perf_counter() - began - compiling}
 
     def advance(carry: Any, start: int, count: int) -> Any:
         state, buffer = program.advance(carry[0], inputs, start, count)
@@ -177,18 +191,15 @@ def _sample(
 
     def after_chunk(carry: Any, done: int) -> None:
         state, buffer, count = carry
-        parts.append({name: np.asarray(buffer[name][:, :count]) for name in FIELDS})
-        seconds["sampling"] = spent["sampling"] + time.perf_counter() - began
+        parts.append({name: np.asarray(buffer[name])[:, :count] for name in FIELDS})
         if save is not None and done < total:
-            save(Checkpoint([np.asarray(leaf) for leaf in jax.tree.leaves(state)], _join(parts), dict(seconds)))
-        llc = spec.nbeta * float(np.nanmean(parts[-1]["loss_difference"])) if np.isfinite(parts[-1]["loss_difference"]).any() else np.nan
-        phase = "burn-in" if done <= sampler.num_burnin_draws else "sampling"
-        progress(done, total, "draws", f"{phase}, llc {llc:.4g}")
+            save(Checkpoint([np.asarray(leaf) for leaf in jax.tree.leaves(state)], _join(parts), seconds()))
+        latest = parts[-1]["loss_difference"]
+        llc = nbeta * float(np.mean(latest[np.isfinite(latest)], dtype=np.float64)) if np.isfinite(latest).any() else np.nan
+        progress(done, total, "draws", f"{'burn-in' if done <= sampler.num_burnin_draws else 'sampling'}, llc {llc:.4g} lately")
 
-    _, compile_seconds = run_in_chunks(advance, (state, None, 0), start, total, after_chunk, BUFFER_DRAWS)
-    seconds["compile"] = spent["compile"] + compile_seconds
-    seconds["sampling"] = spent["sampling"] + time.perf_counter() - began - compile_seconds
-    return Trace(_join(parts), sampler.num_burnin_draws, seconds)
+    run_in_chunks(advance, (state, None, 0), start, total, after_chunk, BUFFER_DRAWS)
+    return Trace(_join(parts), sampler.num_burnin_draws, seconds())
 
 
 def _join(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -87,7 +87,7 @@ def train(
     def report(carry: Any, done: int) -> None:
         progress(done, spec.num_steps, "steps", f"loss {np.nanmin(np.asarray(carry[2])):.4g}")
 
-    carry, _ = run_in_chunks(
+    carry = run_in_chunks(
         lambda carry, start, count: advance(carry, dataset, key, rate, spec.num_steps, start, count),
         init(params), 0, spec.num_steps, report,
     )  # fmt: skip

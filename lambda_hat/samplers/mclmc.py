@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import blackjax
 import jax
 import jax.numpy as jnp
+from blackjax.adaptation.mclmc_adaptation import MCLMCAdaptationState
 from pydantic import Field
 
 from lambda_hat.posterior import Posterior
@@ -25,11 +26,12 @@ class MclmcSpec(SamplerSpec):
     """
 
     kind: Literal["mclmc"] = "mclmc"
-    num_draws: int = Field(1000, ge=4, description="recorded draws per chain, after burn-in")
+    num_draws: int = Field(2000, ge=4, description="recorded draws per chain, after burn-in")
     num_burnin_steps: int = Field(1000, ge=0, description="steps after tuning and before the first draw")
     num_steps_bw_draws: int = Field(5, ge=1, description="steps per recorded draw (thinning)")
     num_tuning_steps: int = Field(2000, ge=100, description="steps that tune step size, preconditioner and decoherence length")
-    desired_energy_var: float = Field(5e-4, gt=0, description="variance of the energy error per dimension; smaller = less bias")
+    step_size: float = Field(1e-3, gt=0, description="step per square root of the dimension at which tuning starts")
+    desired_energy_var: float = Field(1e-5, gt=0, description="variance of the energy error per dimension; smaller = less bias")
 
     def gradients_per_step(self, num_data: int) -> float:
         return GRADIENTS_PER_STEP
@@ -59,10 +61,14 @@ def _build(num_tuning_steps: int) -> Sampler:
     def init(rng_key: jax.Array, position: jax.Array, posterior: Posterior, numbers: dict) -> State:
         momentum_key, tuning_key = jax.random.split(rng_key)
         state = blackjax.mclmc.init(position, posterior.logdensity_fn, momentum_key)
+        # BlackJAX's own start supposes a posterior of unit scale; a step too long by orders of magnitude is never recovered from.
+        length = numbers["step_size"] * jnp.sqrt(jnp.asarray(position.shape[0], position.dtype))
+        start = MCLMCAdaptationState(4 * length, length, jnp.ones_like(position))
         state, parameters, _ = blackjax.mclmc_find_L_and_step_size(
             kernel, num_tuning_steps, state, tuning_key, posterior.logdensity_fn,
             # The second phase is followed by a third of its length to readjust the step size.
             frac_tune1=0.3, frac_tune2=0.3, frac_tune3=0.3, desired_energy_var=numbers["desired_energy_var"],
+            params=start,
         )  # fmt: skip
         return State(state, jax.tree.map(lambda x: jnp.asarray(x, position.dtype), parameters))
 

@@ -64,7 +64,7 @@ class QuadraticSpec(TargetSpec):
 
 
 def _quadratic_per_sample(params: Params, dataset: Dataset) -> jax.Array:
-    return 0.5 * jnp.sum(dataset.constants["h"] * jnp.square(params["w"] - dataset.samples["e"]), axis=1)
+    return 0.5 * jnp.square(params["w"][None, :] - dataset.samples["e"]) @ dataset.constants["h"]
 
 
 def _quadratic_mean(params: Params, dataset: Dataset) -> jax.Array:
@@ -76,9 +76,9 @@ _QUADRATIC = Objective(_quadratic_per_sample, _quadratic_mean)
 
 
 class DeepLinearData(DataSpec):
-    """Inputs x ~ N(0, input_scale^2 I) and noise-free labels y = W0 x."""
+    """Inputs x ~ U(-input_bound, input_bound) and noise-free labels y = W0 x, as in arXiv 2308.12108."""
 
-    input_scale: float = Field(1.0, gt=0, description="standard deviation of the inputs")
+    input_bound: float = Field(10.0, gt=0, description="inputs are uniform between minus and plus this")
 
 
 class DeepLinearSpec(TargetSpec):
@@ -110,7 +110,8 @@ class DeepLinearSpec(TargetSpec):
             for inner, outer in zip(bases[:-1], bases[1:], strict=True)
         ]
         params = {f"layer_{s}": layer.astype(self.precision) for s, layer in enumerate(layers)}
-        x = data.normal(self.seed + 1, (self.data.n_data, self.widths[0]), self.data.input_scale).astype(self.precision)
+        shape = (self.data.n_data, self.widths[0])
+        x = rng.uniform(-self.data.input_bound, self.data.input_bound, shape).astype(self.precision)
         # L_n depends on the inputs only through their second moment, so the full-data loss costs nothing in n.
         second_moment = np.asarray(x.T, np.float64) @ x / len(x)
         constants = {
