@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
@@ -57,6 +58,14 @@ def _positive_zeros(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_positive_zeros(item) for item in value]
     return value + 0.0 if isinstance(value, float) else value
+
+
+def dotted(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with names like "target.data.n_data"."""
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        flat |= dotted(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
 
 
 def content_id(prefix: Literal["tgt", "run", "swp"], content: Any) -> str:
