@@ -61,9 +61,9 @@ class CompileClock(threading.local):
 compile_clock = CompileClock()
 
 
-def _add_compile_seconds(event: str, duration: float, **_: Any) -> None:
+def _add_compile_seconds(event: str, duration_secs: float, **_: str | int) -> None:
     if event.startswith("/jax/core/compile/") and "trace" not in event:  # traces nest, and would count twice
-        compile_clock.seconds += duration
+        compile_clock.seconds += duration_secs
 
 
 jax.monitoring.register_event_duration_secs_listener(_add_compile_seconds)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from pydantic import Field
 
 from lambda_hat.spec import Spec
@@ -55,7 +56,7 @@ def make_posterior(
     localization: jax.Array,
 ) -> Posterior:
     """The posterior around `params_star`; `star_losses`, shape (n,), are the samples' losses there."""
-    position_star, unravel = jax.flatten_util.ravel_pytree(params_star)
+    position_star, unravel = ravel_pytree(params_star)
     n = star_losses.shape[0]
 
     def difference(position: jax.Array, batch: Dataset, batch_star_losses: jax.Array) -> jax.Array:

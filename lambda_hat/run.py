@@ -23,9 +23,7 @@ class RunSpec(Spec):
     def _batch_fits(self) -> Self:
         batch_size = getattr(self.sampler, "batch_size", 0)
         if batch_size > self.target.num_data:
-            raise ValueError(
-                f"sampler.batch_size must be at most data.n_data, {self.target.num_data}; got {batch_size}"
-            )
+            raise ValueError(f"sampler.batch_size must be at most data.n_data, {self.target.num_data}; got {batch_size}")
         return self
 
     @property

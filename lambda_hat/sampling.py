@@ -28,8 +28,8 @@ FIELDS = ("loss_difference", "squared_distance", "acceptance_rate", "is_divergen
 class Trace:
     """Recorded draws of a run.
 
-    draws: FIELDS -> (num_chains, num_burnin_draws + num_draws) in the run's dtype. loss_difference is L(w) - L(w*) averaged over
-      the draw's steps, which estimates the same mean as thinned values with less noise; squared_distance is |w - w*|^2 at
+    draws: FIELDS -> (num_chains, num_burnin_draws + num_draws) in the run's dtype. loss_difference is L(w) - L(w*) averaged
+      over the draw's steps, which estimates the same mean as thinned values with less noise; squared_distance is |w - w*|^2 at
       the draw; acceptance_rate is averaged and is_divergent counted over the draw's steps.
     num_burnin_draws: how many of the first draws are burn-in.
     seconds: {"compile", "sampling"}; sampling includes tuning and burn-in. A resumed run adds the time of all its parts.
@@ -78,7 +78,7 @@ def _program(objective: Objective, spec: SamplerSpec) -> _Program:
     def posterior_of(inputs: _Inputs) -> Posterior:
         return make_posterior(objective, inputs.params_star, inputs.dataset, inputs.star_losses, **inputs.posterior)
 
-    def chain_key(inputs: _Inputs, chain: jax.Array, step: jax.Array) -> jax.Array:
+    def chain_key(inputs: _Inputs, chain: jax.Array, step: jax.Array | int) -> jax.Array:
         """One key per chain and step, whatever the chunks: a resumed run draws what an uninterrupted one draws."""
         return jax.random.fold_in(jax.random.fold_in(inputs.key, chain), step)
 
@@ -87,7 +87,9 @@ def _program(objective: Objective, spec: SamplerSpec) -> _Program:
         posterior = posterior_of(inputs)
         return jax.vmap(
             # Step keys count from 0 and stay below 2**31, so this one is free.
-            lambda chain: algorithm.init(chain_key(inputs, chain, 2**32 - 1), posterior.position_star, posterior, inputs.numbers)
+            lambda chain: algorithm.init(
+                chain_key(inputs, chain, 2**32 - 1), posterior.position_star, posterior, inputs.numbers
+            )
         )(chains)
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -183,7 +185,10 @@ def _sample(
 
     def seconds() -> dict[str, float]:
         compiling = compile_clock.seconds - compiled
-        return {"compile": spent["compile"] + compiling, "sampling": spent["sampling"] + time.perf_counter() - began - compiling}
+        return {
+            "compile": spent["compile"] + compiling,
+            "sampling": spent["sampling"] + time.perf_counter() - began - compiling,
+        }
 
     def advance(carry: Any, start: int, count: int) -> Any:
         state, buffer = program.advance(carry[0], inputs, start, count)

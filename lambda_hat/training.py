@@ -33,7 +33,7 @@ class TrainingSpec(Spec):
 @functools.cache
 def _program(spec: TrainingSpec, objective: Objective) -> tuple[Callable, Callable]:
     """(init, advance) of the training loop; the learning rate is traced."""
-    optimizer = optax.inject_hyperparams({"adam": optax.adam, "sgd": optax.sgd}[spec.optimizer])(learning_rate=0.0)
+    optimizer = {"adam": optax.scale_by_adam, "sgd": optax.identity}[spec.optimizer]()
 
     def mean_loss(params: Params, batch: Dataset) -> jax.Array:
         return jnp.mean(objective.per_sample_loss(params, batch))
@@ -44,7 +44,13 @@ def _program(spec: TrainingSpec, objective: Objective) -> tuple[Callable, Callab
 
     @functools.partial(jax.jit, donate_argnums=0)
     def advance(
-        carry: Any, dataset: Dataset, key: jax.Array, learning_rate: jax.Array, num_steps: jax.Array, start: jax.Array, count: jax.Array
+        carry: Any,
+        dataset: Dataset,
+        key: jax.Array,
+        learning_rate: jax.Array,
+        num_steps: jax.Array,
+        start: jax.Array,
+        count: jax.Array,
     ) -> Any:
         n = next(iter(dataset.samples.values())).shape[0]
 
@@ -56,9 +62,9 @@ def _program(spec: TrainingSpec, objective: Objective) -> tuple[Callable, Callab
             loss, gradient = jax.value_and_grad(mean_loss)(params, batch)
             rate = learning_rate
             if spec.schedule == "cosine":
-                rate = rate * 0.5 * (1 + jnp.cos(jnp.pi * index / num_steps).astype(rate.dtype))
-            state = state._replace(hyperparams={**state.hyperparams, "learning_rate": rate})
-            updates, state = optimizer.update(gradient, state, params)
+                rate = rate * 0.5 * (1 + jnp.cos(jnp.pi * (index / num_steps).astype(rate.dtype)))
+            direction, state = optimizer.update(gradient, state, params)
+            updates = jax.tree.map(lambda d: -rate * d, direction)
             # A point holds the loss of its last step; with fewer steps than points the rest stay NaN.
             point = index * HISTORY_POINTS // jnp.maximum(num_steps, HISTORY_POINTS)
             return optax.apply_updates(params, updates), state, losses.at[point].set(loss)

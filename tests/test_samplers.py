@@ -6,7 +6,6 @@ import functools
 import typing
 
 import blackjax
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,6 +17,8 @@ from lambda_hat.sampling import Trace, sample
 from lambda_hat.target import Dataset, Objective
 from lambda_hat.targets.analytic import QuadraticData, QuadraticSpec
 from lambda_hat.theory import quadratic_llc
+
+pytestmark = pytest.mark.usefixtures("library_promotion")
 
 SPECS = {spec.model_fields["kind"].default: spec for spec in typing.get_args(typing.get_args(AnySamplerSpec)[0])}
 
@@ -36,13 +37,6 @@ CASES = {
     "mclmc": ("mclmc", {"num_draws": 2000}),
 }
 case = pytest.mark.parametrize("case", CASES)
-
-
-@pytest.fixture(autouse=True)
-def _blackjax_promotes():
-    """BlackJAX's adaptation multiplies numbers by booleans, which strict promotion refuses."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def spec_of(case: str, **changes):

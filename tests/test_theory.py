@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from fractions import Fraction
 
 import numpy as np
@@ -42,7 +43,7 @@ def test_deep_linear_is_symmetric_and_at_most_half_the_parameters():
         rank = int(rng.integers(0, min(widths) + 1))
         exact = deep_linear_llc(widths, rank)
         assert exact == deep_linear_llc(widths[::-1], rank)
-        assert 0 <= exact.llc <= Fraction(sum(a * b for a, b in zip(widths, widths[1:], strict=False)), 2)
+        assert 0 <= exact.llc <= Fraction(sum(a * b for a, b in itertools.pairwise(widths)), 2)
         assert exact.multiplicity >= 1
 
 

@@ -44,6 +44,10 @@ class SamplerSpec(Spec):
         """Work of one step of one chain in full-data gradients (FGE)."""
         raise TypeError(f"{type(self).__name__} does not state its work")
 
+    def algorithm(self) -> Sampler:
+        """The sampler with this spec's static fields; the same object for equal ones."""
+        raise TypeError(f"{type(self).__name__} has no algorithm")
+
     def fge(self, num_data: int) -> float:
         """Work of the whole run, all chains and burn-in included, in full-data gradient equivalents."""
         steps = (self.num_burnin_draws + self.num_draws) * self.num_steps_bw_draws

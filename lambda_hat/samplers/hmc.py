@@ -16,15 +16,15 @@ from pydantic import Field
 from lambda_hat.posterior import Posterior
 from lambda_hat.samplers.base import Info, Sampler, SamplerSpec
 
-#: The step size is multiplied by 1 + U(-JITTER, JITTER) each step: with a fixed trajectory length, a Gaussian direction whose period
-#: divides it would never move.
+#: The step size is multiplied by 1 + U(-JITTER, JITTER) each step: with a fixed trajectory length, a Gaussian direction whose
+#: period divides it would never move.
 JITTER = 0.2
 
 
 class HmcSpec(SamplerSpec):
-    """Leapfrog trajectories of `num_integration_steps`, Metropolis-corrected: exact up to Monte Carlo error.
+    """Hamiltonian Monte Carlo on the whole data, adapted during burn-in.
 
-    Burn-in adapts the step size to `target_acceptance` by dual averaging and the diagonal mass matrix in Stan's windows.
+    Leapfrog trajectories of `num_integration_steps`, Metropolis-corrected: exact up to Monte Carlo error. Burn-in adapts the step size to `target_acceptance` by dual averaging and the diagonal mass matrix in Stan's windows.
     """
 
     kind: Literal["hmc"] = "hmc"
@@ -32,7 +32,7 @@ class HmcSpec(SamplerSpec):
     num_draws: int = Field(500, ge=4, description="recorded draws per chain, after burn-in")
     step_size: float = Field(1e-2, gt=0, description="step size at which adaptation starts")
     num_integration_steps: int = Field(10, ge=1, description="leapfrog steps per trajectory")
-    target_acceptance: float = Field(0.8, gt=0, lt=1, description="acceptance rate the step size is adapted to")
+    target_acceptance: float = Field(0.9, gt=0, lt=1, description="acceptance rate the step size is adapted to")
 
     def gradients_per_step(self, num_data: int) -> float:
         return float(self.num_integration_steps)
@@ -84,7 +84,12 @@ def _build(num_integration_steps: int, num_burnin_steps: int) -> Sampler:
         jitter_key, kernel_key = jax.random.split(rng_key)
         jitter = 1 + JITTER * jax.random.uniform(jitter_key, (), state.step_size.dtype, -1, 1)
         hmc, info = kernel(
-            kernel_key, state.hmc, posterior.logdensity_fn, jitter * state.step_size, state.inverse_mass_matrix, num_integration_steps
+            kernel_key,
+            state.hmc,
+            posterior.logdensity_fn,
+            jitter * state.step_size,
+            state.inverse_mass_matrix,
+            num_integration_steps,
         )
         state = state._replace(hmc=hmc)
         state = jax.lax.cond(

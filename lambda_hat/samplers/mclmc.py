@@ -19,7 +19,9 @@ GRADIENTS_PER_STEP = 2.0
 
 
 class MclmcSpec(SamplerSpec):
-    """Unadjusted microcanonical dynamics; its bias is set by the energy error per dimension it is tuned to.
+    """Microcanonical Langevin Monte Carlo on the whole data, tuned by itself.
+
+    The dynamics are unadjusted; their bias is set by the energy error per dimension they are tuned to.
 
     Tuning runs `num_tuning_steps` of the dynamics, a third each for the step size, the diagonal preconditioner and the
     decoherence length; burn-in follows with the tuned values.
@@ -61,7 +63,7 @@ def _build(num_tuning_steps: int) -> Sampler:
     def init(rng_key: jax.Array, position: jax.Array, posterior: Posterior, numbers: dict) -> State:
         momentum_key, tuning_key = jax.random.split(rng_key)
         state = blackjax.mclmc.init(position, posterior.logdensity_fn, momentum_key)
-        # BlackJAX's own start supposes a posterior of unit scale; a step too long by orders of magnitude is never recovered from.
+        # BlackJAX's own start supposes a posterior of unit scale; it never recovers from a step far too long.
         length = numbers["step_size"] * jnp.sqrt(jnp.asarray(position.shape[0], position.dtype))
         start = MCLMCAdaptationState(4 * length, length, jnp.ones_like(position))
         state, parameters, _ = blackjax.mclmc_find_L_and_step_size(

@@ -18,13 +18,16 @@ MIN_ADAPTATION = 100
 
 
 class SgldSpec(SamplerSpec):
-    """w <- w - e_t (nbeta g + localization (w - w*)) + N(0, 2 e_t), g = grad L_B(w) on a fresh minibatch.
+    """Stochastic gradient Langevin dynamics on minibatches, plain or preconditioned.
+
+    w <- w - e_t (nbeta g + localization (w - w*)) + N(0, 2 e_t), g = grad L_B(w) on a fresh minibatch.
 
     none: e_t = step_size. rmsprop, adam: e_t = step_size / (sqrt(v_t) + stabilizer) for each coordinate, with
     v_t = beta2 v_{t-1} + (1-beta2) g^2 of the loss gradient alone, v_0 = 1, bias-corrected by 1/(1-beta2^t); adam also
-    drifts along m_t = beta1 m_{t-1} + (1-beta1) g, m_0 = 0, corrected by 1/(1-beta1^t), in place of g (arXiv 2507.21449, App. D.3).
-    v is adapted during burn-in and then frozen: a v that follows the chain shortens the steps where gradients are large, so that the
-    chain lingers there and the llc comes out too high (by a quarter on a quadratic).
+    drifts along m_t = beta1 m_{t-1} + (1-beta1) g, m_0 = 0, corrected by 1/(1-beta1^t), in place of g (arXiv 2507.21449,
+    App. D.3).
+    v is adapted during burn-in and then frozen: a v that follows the chain shortens the steps where gradients are large, so
+    that the chain lingers there and the llc comes out too high (by a quarter on a quadratic).
     """
 
     kind: Literal["sgld"] = "sgld"

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from lambda_hat.targets.analytic import DeepLinearSpec, QuadraticSpec
 from lambda_hat.target import Dataset, Objective, Target, TargetSpec
+from lambda_hat.targets.analytic import DeepLinearSpec, QuadraticSpec
 from lambda_hat.targets.classification import DigitsSpec
 from lambda_hat.targets.supervised import MlpSpec
 

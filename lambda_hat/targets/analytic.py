@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Literal, Self
 
 import jax
@@ -13,8 +14,8 @@ from pydantic import Field, model_validator
 from lambda_hat import data
 from lambda_hat.chunks import Progress, no_progress
 from lambda_hat.target import (
-    DataSpec,
     Dataset,
+    DataSpec,
     Objective,
     Params,
     Target,
@@ -32,9 +33,10 @@ class QuadraticData(DataSpec):
 
 
 class QuadraticSpec(TargetSpec):
-    """Mean of per-sample parabolas l_j(w) = 1/2 sum_i h_i (w_i - e_ji)^2, so L_n(w) - L_n(w*) = 1/2 sum_i h_i (w_i - w*_i)^2.
+    """Quadratic loss with minibatch noise, exact llc d/2.
 
-    w* is the samples' mean, the curvatures h are spaced evenly in log from 1/condition_number to 1. Exact llc d/2.
+    The mean of per-sample parabolas l_j(w) = 1/2 sum_i h_i (w_i - e_ji)^2, so that
+    L_n(w) - L_n(w*) = 1/2 sum_i h_i (w_i - w*_i)^2. w* is the samples' mean; the curvatures h are spaced evenly in log from 1/condition_number to 1.
     """
 
     family: Literal["quadratic"] = "quadratic"
@@ -82,10 +84,10 @@ class DeepLinearData(DataSpec):
 
 
 class DeepLinearSpec(TargetSpec):
-    """Deep linear network f(x) = W_L ... W_1 x with l(w; x) = 1/2 |f(x) - W0 x|^2, at an exact zero of the loss.
+    """Deep linear network at an exact zero of its loss, exact llc by Aoyagi (2024).
 
-    Every layer of w* has rank exactly `rank` (w* = 0 for rank 0), the condition under which Aoyagi's lambda is the local value:
-    layer s is V_{s+1} D_s V_s^T, with V_s an orthonormal basis of `rank` directions of layer s's space and D_s diagonal
+    f(x) = W_L ... W_1 x with l(w; x) = 1/2 |f(x) - W0 x|^2. Every layer of w* has rank exactly `rank` (w* = 0 for rank 0),
+    the condition under which Aoyagi's lambda is the local value: layer s is V_{s+1} D_s V_s^T, with V_s an orthonormal basis of `rank` directions of layer s's space and D_s diagonal
     in [0.5, 1.5].
     """
 
@@ -105,10 +107,7 @@ class DeepLinearSpec(TargetSpec):
     def build(self, progress: Progress = no_progress) -> Target:
         rng = np.random.default_rng(self.seed)
         bases = [np.linalg.qr(rng.standard_normal((width, max(self.rank, 1))))[0][:, : self.rank] for width in self.widths]
-        layers = [
-            outer @ np.diag(rng.uniform(0.5, 1.5, self.rank)) @ inner.T
-            for inner, outer in zip(bases[:-1], bases[1:], strict=True)
-        ]
+        layers = [outer @ np.diag(rng.uniform(0.5, 1.5, self.rank)) @ inner.T for inner, outer in itertools.pairwise(bases)]
         params = {f"layer_{s}": layer.astype(self.precision) for s, layer in enumerate(layers)}
         shape = (self.data.n_data, self.widths[0])
         x = rng.uniform(-self.data.input_bound, self.data.input_bound, shape).astype(self.precision)

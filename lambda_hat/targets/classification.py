@@ -6,7 +6,6 @@ import functools
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from pydantic import Field
@@ -15,8 +14,8 @@ from lambda_hat import data
 from lambda_hat.chunks import Progress, no_progress
 from lambda_hat.networks import ModelSpec, mlp
 from lambda_hat.target import (
-    DataSpec,
     Dataset,
+    DataSpec,
     Objective,
     Params,
     Target,
@@ -36,7 +35,10 @@ class DigitsData(DataSpec):
 
 
 class DigitsSpec(TargetSpec):
-    """Cross-entropy l(w; x, y) = -log softmax(f(x; w))_y on handwritten digits."""
+    """Handwritten digits classified by a multilayer perceptron.
+
+    Cross-entropy l(w; x, y) = -log softmax(f(x; w))_y, in nats.
+    """
 
     family: Literal["digits"] = "digits"
     model: ModelSpec = ModelSpec()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Literal
 
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +15,8 @@ from lambda_hat import data
 from lambda_hat.chunks import Progress, no_progress
 from lambda_hat.networks import ModelSpec, mlp
 from lambda_hat.target import (
-    DataSpec,
     Dataset,
+    DataSpec,
     Objective,
     Params,
     Target,
@@ -36,7 +37,9 @@ class TeacherData(DataSpec):
 
 
 class MlpSpec(TargetSpec):
-    """Teacher-student regression with l(w; x, y) = 1/2 |f(x; w) - y|^2."""
+    """Teacher-student regression by a multilayer perceptron.
+
+    l(w; x, y) = 1/2 |f(x; w) - y|^2."""
 
     family: Literal["mlp"] = "mlp"
     model: ModelSpec = ModelSpec()
@@ -57,15 +60,17 @@ class MlpSpec(TargetSpec):
         params = jax.tree.map(np.asarray, params)
         metrics = {
             "init_loss": mean_loss_float64(self.objective(), params, dataset),
-            "num_params": num_params(params), "num_data": self.data.n_data, "noise_loss": 0.5 * float(np.mean(noise**2)) * y.shape[1],
-        }  # fmt: skip
+            "noise_loss": 0.5 * float(np.mean(np.sum(np.square(noise), axis=1))),  # what the teacher itself would have
+            "num_params": num_params(params),
+            "num_data": self.data.n_data,
+        }
         return Target(self, params, dataset, metrics, history)
 
     def objective(self) -> Objective:
         return squared_error(self.model, self.data.output_dim)
 
 
-def _init(network, key: jax.Array, x: np.ndarray) -> Params:  # noqa: ANN001 (hk.Transformed)
+def _init(network: hk.Transformed, key: jax.Array, x: np.ndarray) -> Params:
     return network.init(key, x[:1])
 
 
