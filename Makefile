@@ -1,0 +1,33 @@
+# make run: the default experiment, from nothing. make test: the tests, from nothing.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: run test test-all lint constraints clean
+run: .venv/installed
+	$(BIN)/python flows/sweep.py $(ARGS)
+
+test: .venv/installed lint
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: .venv/installed lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Two steps, because pip refuses to install a folder where it checks hashes.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "lambda_hat needs Python 3.11 or newer; call make with PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+# Pin the newest versions pyproject.toml allows, for every Python and platform at once; needs uv.
+constraints:
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-annotate --no-header --upgrade --extra dev pyproject.toml --output-file constraints.txt
+
+clean:
+	rm -rf .venv lambda_hat_store

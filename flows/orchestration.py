@@ -1,0 +1,141 @@
+"""What the flows share: tasks cached on the ids of what they make, progress as log lines, and the command line's frame."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import functools
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from prefect import Flow, task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.logging import get_run_logger
+from prefect.states import State
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from lambda_hat import report
+from lambda_hat.chunks import Progress
+from lambda_hat.plan import describe
+from lambda_hat.run import RunSpec
+from lambda_hat.settings import Settings, load_settings
+from lambda_hat.spec import InvalidInput
+from lambda_hat.store import Store
+
+#: Names of a store and a settings file, None for the default ones: all a task is told, so no credential is recorded.
+Place = dict[str, str | None]
+
+
+def _key(context: Any, parameters: dict[str, Any]) -> str:
+    """A result belongs to the artifact it names and the store that holds it, whichever flow run made it."""
+    where = hashlib.sha256(open_place(parameters["place"])[1].uri.encode()).hexdigest()[:16]
+    return f"{context.task.name}-{parameters['artifact_id']}-{where}"
+
+
+#: A task that makes the artifact named by its parameter `artifact_id` in the store at its parameter `place`. Its result, a
+#: small JSON reference, is cached on that id; submit it with `refresh_cache=not store.exists(...)`, so that the cached
+#: result counts only while the artifact exists.
+artifact_task: Any = functools.partial(
+    task, cache_policy=CacheKeyFnPolicy(cache_key_fn=_key), persist_result=True, result_serializer="json"
+)
+
+
+class RunsFailed(Exception):
+    """Some runs failed; `rows` are the results of all."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        failed = sum(row["status"] == "failed" for row in rows)
+        super().__init__(f"{failed} of {len(rows)} runs failed; the others are finished and kept.")
+        self.rows = rows
+
+
+def open_place(place: Place) -> tuple[Settings, Store]:
+    """The settings and the store of a place."""
+    settings = load_settings(place["settings_file"])
+    return settings, Store(place["store_uri"] or settings.store.uri, settings.store.options)
+
+
+def log_progress(settings: Settings) -> Progress:
+    """Progress as lines in the run's log (terminal and UI), at most one every `runtime.progress_seconds`."""
+    logger, began = get_run_logger(), time.monotonic()
+    last = began
+
+    def progress(done: int, total: int, unit: str, note: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        interval = settings.runtime.progress_seconds
+        if not interval or now - last < interval:
+            return
+        last = now
+        filled = 20 * done // total
+        left = (now - began) * (total - done) / max(done, 1)
+        bar = "█" * filled + "░" * (20 - filled)
+        logger.info("%s %3.0f %% of %d %s, %s, about %.0f s left", bar, 100 * done / total, total, unit, note, left)
+
+    return progress
+
+
+def publish_to_ui(key: str, rows: list[dict[str, str]], plots: dict[str, bytes], heading: str) -> None:
+    """Shows a results table and plots in the Prefect UI, as artifacts `key` and `key-plots`."""
+    create_table_artifact(key=key, table=rows, description=heading)
+    images = [f"## {name}\n![{name}](data:image/png;base64,{base64.b64encode(png).decode()})" for name, png in plots.items()]
+    create_markdown_artifact(key=f"{key}-plots", markdown="\n\n".join([f"# {heading}", *images]))
+
+
+def reason(states: list[State]) -> str:
+    """Why a run failed: the message of the first of its steps that did."""
+    failed = next(state for state in states if not state.is_completed())
+    return " ".join((failed.message or failed.name or "").split())
+
+
+def command_line(flow: Flow[Any, Any], plan: Callable[..., list[RunSpec]], examples: str) -> int:
+    """Runs a flow from the command line; returns the exit status: 0, 1 where runs failed, 2 for wrong input."""
+    options = _parser(str(flow.description).split("\n\n")[0], examples).parse_args()
+    arguments = (options.experiment, options.overrides, options.from_run)
+    try:
+        settings, store = open_place({"store_uri": options.store, "settings_file": options.settings})
+        if options.list:
+            print(describe(settings))
+            return 0
+        specs = plan(settings, store, *arguments)
+        if options.dry_run:
+            print(report.plan_table(specs, store))
+            return 0
+    except InvalidInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    runner: Any = ThreadPoolTaskRunner(max_workers=settings.runtime.max_workers)
+    name = f"{len(specs)} runs of {len({spec.target_id for spec in specs})} targets"
+    code = 0
+    try:
+        rows: Any = flow.with_options(task_runner=runner, flow_run_name=name)(*arguments, options.store, options.settings)
+    except RunsFailed as error:
+        rows, code = error.rows, 1
+    if options.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        finished = [spec for spec, row in zip(specs, rows, strict=True) if row["status"] != "failed"]
+        print(f"\n{report.text_table(rows)}\n{report.plot_places(finished, store)}")
+    return code
+
+
+def _parser(description: str, examples: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override or sweep a field; commas sweep")
+    parser.add_argument("--experiment", metavar="NAME", help="a named experiment of the settings (default: default)")
+    parser.add_argument("--list", action="store_true", help="list presets, experiments, samplers and targets, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be computed and its work, and stop")
+    parser.add_argument("--from-run", metavar="ID", help="repeat a run from the spec saved with it")
+    parser.add_argument(
+        "--store", metavar="URI", help="where artifacts go: a folder or s3://bucket/prefix (default: the settings')"
+    )
+    parser.add_argument("--settings", metavar="FILE", help="settings file (default: ./settings.toml)")
+    parser.add_argument("--json", action="store_true", help="print results as JSON")
+    return parser

@@ -1,0 +1,141 @@
+"""Results as people read them: one table over runs, as text."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lambda_hat.artifacts import sweep_id
+from lambda_hat.run import RunSpec
+from lambda_hat.spec import Spec, dotted
+from lambda_hat.store import Store, run_address, sweep_address, target_address
+
+
+def labels(specs: Sequence[RunSpec]) -> list[tuple[str, str]]:
+    """(target, sampler) names for people: the family and the kind, with the fields in which those of a kind differ."""
+    targets = _name_apart([spec.target for spec in specs], "family")
+    samplers = _name_apart([spec.sampler for spec in specs], "kind")
+    posteriors = _name_apart([spec.posterior for spec in specs], None)
+    return [
+        (target, " ".join(filter(None, (sampler, posterior))))
+        for target, sampler, posterior in zip(targets, samplers, posteriors, strict=True)
+    ]
+
+
+def _name_apart(specs: Sequence[Spec], kind_field: str | None) -> list[str]:
+    flat = [dotted(spec.model_dump(mode="json")) for spec in specs]
+    kinds = [fields.pop(kind_field) if kind_field else "" for fields in flat]
+    names = []
+    for kind, fields in zip(kinds, flat, strict=True):
+        peers = [other for other_kind, other in zip(kinds, flat, strict=True) if other_kind == kind]
+        differing = [name for name in fields if any(peer.get(name) != fields[name] for peer in peers)]
+        names.append(" ".join(filter(None, [str(kind), *(f"{name}={_short(fields[name])}" for name in differing)])))
+    return names
+
+
+def _short(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":")) if isinstance(value, list) else str(value)
+
+
+def row(
+    label: tuple[str, str], spec: RunSpec, status: str, result: Mapping[str, Any] | None, reason: str = ""
+) -> dict[str, Any]:
+    """One run's result for machines: the diagnosis where there is one, and why not where there is none.
+
+    Args:
+      status: "computed", "cached" or "failed". result: a diagnosis as a dict. reason: of a failure, one line.
+    """
+    head = {"target": label[0], "sampler": label[1], "status": status, "target_id": spec.target_id, "run_id": spec.run_id}
+    return head | (dict(result) if result is not None else {"verdict": "failed", "remedy": reason})
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Each row as the text of its cells, for people."""
+    return [
+        {
+            "target": row["target"],
+            "sampler": row["sampler"],
+            "llc": _with_error(row.get("llc"), row.get("mcse")),
+            "exact": _number(row.get("true_llc")),
+            "ESS": _number(row.get("ess_bulk"), "{:.0f}"),
+            "R-hat": _number(row.get("rhat"), "{:.3f}"),
+            "FGE": _number(row.get("fge"), "{:,.0f}"),
+            "seconds": _number(row.get("seconds"), "{:.1f}"),
+            "status": row["status"],
+            "verdict": row["verdict"],
+        }
+        for row in rows
+    ]
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    """Value and error, to the error's second digit."""
+    if value is None:
+        return "-"
+    if not error:
+        return f"{value:.4g}"
+    places = max(0, 1 - _exponent(error))
+    return f"{value:.{places}f} ± {error:.{places}f}"
+
+
+def _exponent(value: float) -> int:
+    return int(f"{value:e}".split("e")[1])
+
+
+def _number(value: float | None, form: str = "{:.6g}") -> str:
+    return "-" if value is None else form.format(value)
+
+
+def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table in aligned plain text, with each verdict but "ok" explained below it."""
+    remedies = Counter((row["verdict"], row.get("remedy") or "") for row in rows if row["verdict"] != "ok")
+    notes = [f"{verdict} ({count}): {remedy}" for (verdict, remedy), count in remedies.items()]
+    return "\n".join([_aligned(table(rows)), *notes])
+
+
+def plan_table(specs: Sequence[RunSpec], store: Store) -> str:
+    """What a sweep would do: its runs, which are in the store, and the work of the others."""
+    cells, work = [], 0.0
+    for (target, sampler), spec in zip(labels(specs), specs, strict=True):
+        address = run_address(spec.target_id, spec.run_id)
+        status = "exists" if store.exists(address) else "to compute"
+        if status != "exists":
+            work += spec.fge
+            if store.load_checkpoint(address) is not None:
+                status = "to resume"
+        cells.append({"target": target, "sampler": sampler, "run": spec.run_id, "FGE": f"{spec.fge:,.0f}", "status": status})
+    targets = {spec.target_id: spec for spec in specs}
+    built = sum(store.exists(target_address(target_id)) for target_id in targets)
+    total = (
+        f"{len(specs)} runs of {len(targets)} targets, {built} of them built; "
+        f"{work:,.0f} full-data gradient equivalents (FGE) to compute"
+    )
+    return "\n".join([_aligned(cells), total])
+
+
+def plot_places(specs: Sequence[RunSpec], store: Store) -> str:
+    """Where the plots of a finished sweep are."""
+    address = sweep_address(sweep_id(specs))
+    manifest = store.manifest(address) if specs else None
+    if manifest is None:
+        return "no run finished, so there are no plots"
+    plots = [store.url(address, file.name) for file in manifest.files if file.name.endswith(".png")]
+    return "\n".join(["plots:", *(f"  {plot}" for plot in plots), f"  of one run: lambda-hat show {specs[0].run_id}"])
+
+
+_RIGHT = {"llc", "exact", "ESS", "R-hat", "FGE", "seconds"}
+
+
+def _aligned(cells: Sequence[Mapping[str, str]]) -> str:
+    """Columns of text, numbers to the right."""
+    names = list(cells[0]) if cells else []
+    widths = {name: max(len(name), *(len(cell[name]) for cell in cells)) for name in names}
+
+    def line(cell: Mapping[str, str]) -> str:
+        pads = (cell[name].rjust(widths[name]) if name in _RIGHT else cell[name].ljust(widths[name]) for name in names)
+        return "  ".join(pads).rstrip()
+
+    header = line({name: name for name in names})
+    return "\n".join([header, "─" * len(header), *map(line, cells)])
