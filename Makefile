@@ -31,3 +31,9 @@ constraints:
 
 clean:
 	rm -rf .venv lambda_hat_store
+
+# The figures of docs/benchmarks.md.
+.PHONY: bench
+bench: .venv/installed
+	$(BIN)/python benchmarks/accuracy.py
+	$(BIN)/python benchmarks/sweep_overhead.py
