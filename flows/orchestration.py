@@ -49,15 +49,19 @@ class RunsFailed(Exception):
     """Some runs failed; `rows` are the results of all."""
 
     def __init__(self, rows: list[dict[str, Any]]) -> None:
-        failed = sum(row["status"] == "failed" for row in rows)
-        super().__init__(f"{failed} of {len(rows)} runs failed; the others are finished and kept.")
+        super().__init__(rows)  # what pickle makes it of again
         self.rows = rows
+
+    def __str__(self) -> str:
+        failed = sum(row["status"] == "failed" for row in self.rows)
+        return f"{failed} of {len(self.rows)} runs failed; the others are finished and kept."
 
 
 def open_place(place: Place) -> tuple[Settings, Store]:
     """The settings and the store of a place."""
     settings = load_settings(place["settings_file"])
-    return settings, Store(place["store_uri"] or settings.store.uri, settings.store.options)
+    uri = settings.store.uri if place["store_uri"] is None else place["store_uri"]
+    return settings, Store(uri, settings.store.options)
 
 
 def log_progress(settings: Settings) -> Progress:

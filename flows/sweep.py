@@ -12,12 +12,13 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.orchestration import Place, RunsFailed, artifact_task, command_line, log_progress, open_place, publish_to_ui, reason
 from lambda_hat import artifacts, report
+from lambda_hat.manifest import diagnosis_address, run_address, sweep_address, target_address
 from lambda_hat.plan import make_plan
 from lambda_hat.run import RunSpec
 from lambda_hat.runtime import configure
 from lambda_hat.settings import Settings
 from lambda_hat.spec import InvalidInput
-from lambda_hat.store import Store, diagnosis_address, run_address, sweep_address, target_address
+from lambda_hat.store import Store
 
 
 @artifact_task(name="build-target", task_run_name="build {label}")

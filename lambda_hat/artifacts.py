@@ -8,32 +8,20 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter
 
+from lambda_hat.arrays import SEPARATOR, flatten, pack_arrays, unflatten, unpack_arrays
 from lambda_hat.chunks import Progress, no_progress
+from lambda_hat.manifest import ArtifactError, Manifest, diagnosis_address, run_address, sweep_address, target_address
 from lambda_hat.plan import spec_from_json
 from lambda_hat.run import RunSpec
 from lambda_hat.sampling import FIELDS, Checkpoint, Trace, sample
 from lambda_hat.spec import InvalidInput, content_id
-from lambda_hat.store import (
-    ArtifactError,
-    Manifest,
-    Store,
-    diagnosis_address,
-    pack_arrays,
-    run_address,
-    sweep_address,
-    target_address,
-    unpack_arrays,
-)
+from lambda_hat.store import Store
 from lambda_hat.target import Dataset, Target, TargetSpec
 from lambda_hat.targets import AnyTargetSpec
-
-#: Between the keys of a nested dict's path; Haiku's own names hold "/" and "~".
-SEPARATOR = "::"
 
 
 def build_target(spec: TargetSpec, store: Store, progress: Progress = no_progress) -> Manifest:
@@ -43,7 +31,7 @@ def build_target(spec: TargetSpec, store: Store, progress: Progress = no_progres
         return manifest
     target = spec.build(progress)
     arrays = {
-        "params": _flatten(target.params_star),
+        "params": flatten(target.params_star),
         "samples": target.dataset.samples,
         "constants": target.dataset.constants,
         "history": target.history,
@@ -68,7 +56,7 @@ def load_target(store: Store, target_id: str) -> Target:
     params, samples, constants, history = (
         unpack_arrays(store.read(address, f"{name}.npz")) for name in ("params", "samples", "constants", "history")
     )
-    return Target(spec, _unflatten(params), Dataset(samples, constants), manifest.summary, history)
+    return Target(spec, unflatten(params), Dataset(samples, constants), manifest.summary, history)
 
 
 def sample_run(spec: RunSpec, store: Store, progress: Progress = no_progress) -> Manifest:
@@ -185,24 +173,3 @@ def _load_checkpoint(store: Store, spec: RunSpec) -> Checkpoint | None:
     return Checkpoint(
         leaves, {name: groups["draws"][name] for name in FIELDS}, {name: float(x) for name, x in groups["seconds"].items()}
     )
-
-
-def _flatten(params: Any, prefix: str = "") -> dict[str, np.ndarray]:
-    """A nested dict of arrays as one dict, its keys joined."""
-    if not isinstance(params, dict):
-        return {prefix: np.asarray(params)}
-    flat: dict[str, np.ndarray] = {}
-    for key, value in params.items():
-        flat |= _flatten(value, f"{prefix}{SEPARATOR}{key}" if prefix else key)
-    return flat
-
-
-def _unflatten(flat: dict[str, np.ndarray]) -> dict[str, Any]:
-    params: dict[str, Any] = {}
-    for path, array in flat.items():
-        *parents, name = path.split(SEPARATOR)
-        place = params
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[name] = array
-    return params

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lambda_hat import __version__
+from lambda_hat.manifest import Address, ArtifactError, diagnosis_address
 from lambda_hat.settings import load_settings
 from lambda_hat.spec import InvalidInput, dotted
-from lambda_hat.store import Address, ArtifactError, Store, diagnosis_address
+from lambda_hat.store import Store
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,7 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         settings = load_settings(options.settings)
-        return options.run(Store(options.store or settings.store.uri, settings.store.options), options)
+        uri = settings.store.uri if options.store is None else options.store
+        return options.run(Store(uri, settings.store.options), options)
     except (InvalidInput, ArtifactError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -49,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     ls = commands.add_parser("ls", parents=[common], help="list targets, runs and sweeps, oldest first")
-    ls.add_argument("kinds", nargs="*", choices=[*KINDS, []], metavar="KIND", help="targets, runs, sweeps (default: all)")
+    ls.add_argument("kinds", nargs="*", type=_kind, metavar="KIND", help="targets, runs, sweeps (default: all)")
     ls.add_argument("--json", action="store_true", help="print JSON")
     ls.set_defaults(run=_ls)
 
@@ -68,10 +71,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _kind(text: str) -> str:
+    if text not in KINDS:
+        raise argparse.ArgumentTypeError(f"a kind is one of {', '.join(KINDS)}; got {text!r}")
+    return text
+
+
 def _ls(store: Store, options: argparse.Namespace) -> int:
     listing = {}
     for name in options.kinds or KINDS:
         frame = store.catalogue(KINDS[name])  # type: ignore[arg-type]
+        frame["created_at"] = frame["created_at"].str.slice(0, 19)  # to the second, UTC
         listing[name] = frame[[column for column in LS_COLUMNS[name] if column in frame]]
     if options.json:
         print(json.dumps({name: _records(frame) for name, frame in listing.items()}, indent=1))
@@ -114,27 +124,29 @@ def _show(store: Store, options: argparse.Namespace) -> int:
 
 
 def _results(store: Store, options: argparse.Namespace) -> int:
-    if options.format == "parquet" and not options.output:
+    if options.format == "parquet" and options.output is None:
         raise InvalidInput("Parquet is binary and needs --output FILE; got none. Add --output results.parquet.")
     frame = store.catalogue("diagnosis")
-    if options.format == "parquet":
-        # Columns that hold lists of different kinds in different runs have no one Parquet type; text keeps them.
-        frame.map(lambda value: json.dumps(value) if isinstance(value, list | tuple | dict) else value).to_parquet(
-            options.output
-        )
-        return 0
+    if options.format in ("csv", "parquet"):
+        # No cell of these holds a list, and lists that differ from run to run have no one Parquet type; JSON text keeps them.
+        frame = frame.map(lambda value: json.dumps(value) if isinstance(value, list | tuple | dict) else value)
     if options.format == "csv":
         text = frame.to_csv(index=False).rstrip("\n")
     elif options.format == "json":
         text = json.dumps(_records(frame), indent=1)
-    else:
+    elif options.format == "table":
         shown = frame[[column for column in RESULT_COLUMNS if column in frame]]
         text = _text(shown) if len(shown) else f"no results in {store.uri}; python flows/sweep.py makes some"
-    if options.output:
-        with open(options.output, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-    else:
+    if options.output is None:
         print(text)
+        return 0
+    try:
+        if options.format == "parquet":
+            frame.to_parquet(options.output)
+        else:
+            Path(options.output).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InvalidInput(f"--output must name a file that can be written; got {options.output!r}: {error}.") from None
     return 0
 
 
@@ -156,4 +168,5 @@ def _text(frame: pd.DataFrame) -> str:
 
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    return json.loads(frame.to_json(orient="records"))
+    """Rows as JSON's types, NaN as None. Not by pandas' own JSON, which rounds to ten places."""
+    return [{str(name): None if value != value else value for name, value in row.items()} for row in frame.to_dict("records")]

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lambda_hat.artifacts import sweep_id
+from lambda_hat.manifest import run_address, sweep_address, target_address
 from lambda_hat.run import RunSpec
 from lambda_hat.spec import Spec, dotted
-from lambda_hat.store import Store, run_address, sweep_address, target_address
+from lambda_hat.store import Store
 
 
 def labels(specs: Sequence[RunSpec]) -> list[tuple[str, str]]:

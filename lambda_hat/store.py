@@ -14,143 +14,40 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import re
 import uuid
-import zipfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from lambda_hat import __version__
-from lambda_hat.spec import ALGORITHM_VERSION, ID_PATTERN, InvalidInput, canonical_json, check_id
+from lambda_hat.manifest import (
+    KINDS,
+    Address,
+    ArtifactError,
+    Kind,
+    Manifest,
+    StoredFile,
+    check_name,
+    parse_manifest,
+    sha256,
+    sweep_address,
+    target_address,
+)
+from lambda_hat.spec import ALGORITHM_VERSION, ID_PATTERN, InvalidInput, canonical_json
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Kind = Literal["target", "run", "diagnosis", "sweep"]
-
-_KINDS: dict[Kind, tuple[str, str]] = {  # the prefix of its ids, its folder below the root
-    "target": ("tgt", "targets/{id}"),
-    "run": ("run", "targets/{target_id}/runs/{id}"),
-    "diagnosis": ("run", "targets/{target_id}/runs/{id}/diagnosis"),
-    "sweep": ("swp", "sweeps/{id}"),
-}
 _PARALLEL_REQUESTS = 16  # a remote store answers in tens of milliseconds: one manifest at a time is slow
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
-
-
-class ArtifactError(Exception):
-    """An artifact is absent or damaged. The message states the rule, what was found and the remedy."""
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where an artifact is, checked so that no id can lead out of the store. Made by the functions below.
-
-    id: the run's for a diagnosis. target_id: the same as id for a target, None for a sweep.
-    """
-
-    kind: Kind
-    id: str
-    target_id: str | None
-
-    def __post_init__(self) -> None:
-        _check_prefix(self.id, _KINDS[self.kind][0])
-        if self.kind in ("run", "diagnosis"):
-            _check_prefix(self.target_id, "tgt")
-        elif self.target_id != (self.id if self.kind == "target" else None):
-            raise InvalidInput(f"A {self.kind} is in no other target; got {self.target_id!r}: use {self.kind}_address.")
-
-    @property
-    def folder(self) -> str:
-        """Path below the store's root."""
-        return _KINDS[self.kind][1].format(id=self.id, target_id=self.target_id)
-
-
-def target_address(target_id: str) -> Address:
-    return Address("target", target_id, target_id)
-
-
-def run_address(target_id: str, run_id: str) -> Address:
-    return Address("run", run_id, target_id)
-
-
-def diagnosis_address(target_id: str, run_id: str) -> Address:
-    """A run's derived results: an artifact of its own, so that it can be redone without sampling again."""
-    return Address("diagnosis", run_id, target_id)
-
-
-def sweep_address(sweep_id: str) -> Address:
-    return Address("sweep", sweep_id, None)
-
-
-def _check_prefix(text: Any, prefix: str) -> None:
-    if not check_id(text).startswith(prefix):
-        raise InvalidInput(f"This id must start with {prefix}_; got {text!r}: pass the id of the right kind.")
-
-
-def _check_name(name: str) -> str:
-    if not _NAME.fullmatch(name):
-        raise InvalidInput(
-            "A file's name is words of letters, digits, '_', '.' and '-' joined by '/', none beginning with '.' or '-'; "
-            f"got {name!r}: rename the file."
-        )
-    return name
-
-
-class StoredFile(BaseModel):
-    """size in bytes; sha256 in hexadecimal."""
-
-    model_config = ConfigDict(frozen=True)
-
-    name: Annotated[str, AfterValidator(_check_name)]
-    size: int = Field(ge=0)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-
-
-class Manifest(BaseModel):
-    """What a published artifact is: its spec, its summary and its files.
-
-    created_at: ISO 8601, UTC. attempt: the folder of the files, below files/.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    kind: Kind
-    id: str
-    target_id: str | None
-    created_at: str
-    lambda_hat_version: str
-    algorithm_version: int
-    spec: dict[str, Any]
-    summary: dict[str, Any]
-    attempt: str = Field(pattern=r"^[0-9a-f]{32}$")
-    files: tuple[StoredFile, ...]
-
-    @property
-    def address(self) -> Address:
-        return Address(self.kind, self.id, self.target_id)
-
-    def file(self, name: str) -> StoredFile:
-        """Raises ArtifactError if the artifact has no such file."""
-        for file in self.files:
-            if file.name == name:
-                return file
-        names = ", ".join(file.name for file in self.files) or "none"
-        raise ArtifactError(
-            f"An artifact has the files its manifest names; got {name!r}, {self.id} has {names}: name one of these."
-        )
 
 
 class Store:
@@ -203,11 +100,11 @@ class Store:
             "spec": spec,
             "summary": summary,
             "attempt": attempt,
-            "files": [{"name": _check_name(name), "size": len(data), "sha256": _sha256(data)} for name, data in files.items()],
+            "files": [{"name": check_name(name), "size": len(data), "sha256": sha256(data)} for name, data in files.items()],
         }
         content = json.loads(json.dumps(content), parse_constant=lambda _: None)
-        text = canonical_json({**content, "manifest_sha256": _sha256(canonical_json(content).encode())}).encode()
-        manifest = _parse(text, address)
+        text = canonical_json({**content, "manifest_sha256": sha256(canonical_json(content).encode())}).encode()
+        manifest = parse_manifest(text, address)
         folder = self._path(address, "files", attempt)
         maybe_named = False
         try:
@@ -286,7 +183,7 @@ class Store:
 
     def verify(self) -> Iterator[tuple[Address, str | None]]:
         """Checks every byte of everything that has a manifest, valid or not; yields its address and what is wrong, or None."""
-        for kind in _KINDS:
+        for kind in KINDS:
             for address in self._addresses(kind):
                 if not self._fs.exists(self._path(address, "manifest.json")):
                     continue
@@ -309,7 +206,7 @@ class Store:
             raise InvalidInput(
                 f"An id is tgt_, run_ or swp_ and 16 hexadecimal digits or fewer; got {text!r}. `lambda-hat ls` lists the ids."
             )
-        kind = next(kind for kind, (prefix, _) in _KINDS.items() if text.startswith(prefix))
+        kind = next(kind for kind, (prefix, _) in KINDS.items() if text.startswith(prefix))
         candidates = [address for address in self._addresses(kind) if address.id.startswith(text)]
         found = [address for address in candidates if self.exists(address)]
         if len(found) != 1:
@@ -348,7 +245,7 @@ class Store:
                 "Compute it, or list what is there with `lambda-hat ls`."
             )
         try:
-            manifest = _parse(text, address)
+            manifest = parse_manifest(text, address)
         except (ValueError, RecursionError) as error:
             raise ArtifactError(
                 f"A manifest must be whole, unedited and in its place; {self._shown(path)} is not: {error}. Compute it again."
@@ -369,8 +266,8 @@ class Store:
     def _read(self, manifest: Manifest, file: StoredFile) -> bytes:
         path = self._file_path(manifest, file)
         data = self._cat(path)
-        if data is None or len(data) != file.size or _sha256(data) != file.sha256:
-            found = "no file" if data is None else f"{len(data)} bytes with {_sha256(data)}"
+        if data is None or len(data) != file.size or sha256(data) != file.sha256:
+            found = "no file" if data is None else f"{len(data)} bytes with {sha256(data)}"
             raise ArtifactError(
                 f"A file must be as its manifest says, {file.size} bytes with SHA-256 {file.sha256}; "
                 f"found {found} at {self._shown(path)}. "
@@ -410,51 +307,3 @@ class Store:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _parse(text: bytes, address: Address) -> Manifest:
-    """Raises ValueError or RecursionError if this is not the manifest of `address` as it was written."""
-    content = json.loads(text)
-    if not isinstance(content, dict):
-        raise ValueError("it is no JSON object")
-    checksum = content.pop("manifest_sha256", None)
-    if checksum != _sha256(canonical_json(content).encode()):
-        raise ValueError("its own checksum does not fit")
-    manifest = Manifest.model_validate(content)
-    if manifest.address != address:
-        raise ValueError(f"it is the manifest of {manifest.address.folder}")
-    return manifest
-
-
-def pack_arrays(arrays: Mapping[str, Any]) -> bytes:
-    """Arrays as one .npz without pickle; equal arrays give equal bytes.
-
-    Raises:
-      InvalidInput: an array's dtype is none .npy can hold faithfully (objects, structures, bfloat16).
-    """
-    buffer = io.BytesIO()
-    # Not np.savez, which takes names like "file" for its own arguments.
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, value in arrays.items():
-            array = np.asarray(value)
-            if array.dtype.kind in "OV":
-                raise InvalidInput(
-                    f"Arrays must hold plain numbers, booleans or text; {name!r} has dtype {array.dtype}: convert it first."
-                )
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
-    return buffer.getvalue()
-
-
-def unpack_arrays(data: bytes) -> dict[str, np.ndarray]:
-    """What `pack_arrays` was given, as numpy arrays.
-
-    Raises:
-      ValueError: an array inside is pickled. It is not loaded.
-    """
-    with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-        return dict(archive)

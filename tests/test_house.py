@@ -13,8 +13,9 @@ ROOT = Path(__file__).parent.parent
 
 # From the foundation up. A folder stands for all files in it, which may import one another's bases.
 ROOMS = [
-    "spec", "overrides", "settings", "store", "chunks", "theory", "target", "data", "networks", "training", "targets",
-    "posterior", "samplers", "run", "plan", "sampling", "llc", "diagnostics", "plots", "artifacts", "report", "runtime", "cli",
+    "spec", "overrides", "settings", "arrays", "manifest", "store", "chunks", "theory", "target", "data", "networks",
+    "training", "targets", "posterior", "samplers", "run", "plan", "sampling", "llc", "diagnostics", "plots", "artifacts",
+    "report", "runtime", "cli",
 ]  # fmt: skip
 
 

@@ -18,18 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from lambda_hat.arrays import pack_arrays, unpack_arrays
+from lambda_hat.manifest import Address, ArtifactError, diagnosis_address, run_address, sweep_address, target_address
 from lambda_hat.spec import ALGORITHM_VERSION, ID_PATTERN, InvalidInput, canonical_json
-from lambda_hat.store import (
-    Address,
-    ArtifactError,
-    Store,
-    diagnosis_address,
-    pack_arrays,
-    run_address,
-    sweep_address,
-    target_address,
-    unpack_arrays,
-)
+from lambda_hat.store import Store
 
 TARGET, OTHER_TARGET = "tgt_00000000000000aa", "tgt_00000000000000bb"
 RUN, OTHER_RUN = "run_00000000000000cc", "run_0000000000000ddd"
@@ -398,7 +390,8 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     script = f"""
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-from lambda_hat.store import Store, target_address
+from lambda_hat.manifest import target_address
+from lambda_hat.store import Store
 store, address = Store({str(tmp_path / "store")!r}), target_address({TARGET!r})
 for files, summary in [({{"small": b"x", "big": bytes(1_000_000)}}, {{}}), ({{"small": b"x"}}, {{"text": "x" * 1_000_000}})]:
     try:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from lambda_hat.store import ArtifactError, Store, run_address, target_address
+from lambda_hat.manifest import ArtifactError, run_address, target_address
+from lambda_hat.store import Store
 
 CHECKPOINT = run_address("tgt_" + "f" * 16, "run_" + "f" * 16)
 SIZES = {"params.npz": 300_000, "data/x.npz": 150_000, "metrics.json": 500}

@@ -24,7 +24,8 @@ JITTER = 0.2
 class HmcSpec(SamplerSpec):
     """Hamiltonian Monte Carlo on the whole data, adapted during burn-in.
 
-    Leapfrog trajectories of `num_integration_steps`, Metropolis-corrected: exact up to Monte Carlo error. Burn-in adapts the step size to `target_acceptance` by dual averaging and the diagonal mass matrix in Stan's windows.
+    Leapfrog trajectories of `num_integration_steps`, Metropolis-corrected: exact up to Monte Carlo error. Burn-in adapts the
+    step size to `target_acceptance` by dual averaging and the diagonal mass matrix in Stan's windows.
     """
 
     kind: Literal["hmc"] = "hmc"

@@ -36,7 +36,8 @@ class QuadraticSpec(TargetSpec):
     """Quadratic loss with minibatch noise, exact llc d/2.
 
     The mean of per-sample parabolas l_j(w) = 1/2 sum_i h_i (w_i - e_ji)^2, so that
-    L_n(w) - L_n(w*) = 1/2 sum_i h_i (w_i - w*_i)^2. w* is the samples' mean; the curvatures h are spaced evenly in log from 1/condition_number to 1.
+    L_n(w) - L_n(w*) = 1/2 sum_i h_i (w_i - w*_i)^2. w* is the samples' mean; the curvatures h are spaced evenly in log from
+    1/condition_number to 1.
     """
 
     family: Literal["quadratic"] = "quadratic"
@@ -87,8 +88,8 @@ class DeepLinearSpec(TargetSpec):
     """Deep linear network at an exact zero of its loss, exact llc by Aoyagi (2024).
 
     f(x) = W_L ... W_1 x with l(w; x) = 1/2 |f(x) - W0 x|^2. Every layer of w* has rank exactly `rank` (w* = 0 for rank 0),
-    the condition under which Aoyagi's lambda is the local value: layer s is V_{s+1} D_s V_s^T, with V_s an orthonormal basis of `rank` directions of layer s's space and D_s diagonal
-    in [0.5, 1.5].
+    the condition under which Aoyagi's lambda is the local value: layer s is V_{s+1} D_s V_s^T, with V_s an orthonormal
+    basis of `rank` directions of layer s's space and D_s diagonal in [0.5, 1.5].
     """
 
     family: Literal["dln"] = "dln"
