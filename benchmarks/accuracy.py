@@ -1,8 +1,8 @@
 """Samplers against exact values: `python benchmarks/accuracy.py`. Prints a table; exit status 1 if a bound is missed.
 
-The quadratic is scored in standard errors of its finite-nbeta value, the deep linear networks (noise-free, n = 1e6, localization 1)
-by relative error of the exact llc. A perfect sampler is itself below the exact llc where the multiplicity is 2 (trap B of
-docs/methodology.md): about 2 % on 5-3-5 of rank 0, 1 % on 10-10-10 of rank 5.
+The quadratic is scored in standard errors of its finite-nbeta value, the deep linear networks (noise-free, n = 1e6,
+localization 1) by relative error of the exact llc. A perfect sampler is itself below the exact llc where the multiplicity is
+2 (trap B of docs/methodology.md): about 2 % on 5-3-5 of rank 0, 1 % on 10-10-10 of rank 5.
 """
 
 from __future__ import annotations

@@ -18,11 +18,8 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
-    found = []
-    for path in DOCUMENTS:
-        for text in re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), flags=re.DOTALL | re.MULTILINE):
-            found.append((path.name, text))
-    return found
+    fence = re.compile(rf"^```{language}\n(.*?)^```", re.DOTALL | re.MULTILINE)
+    return [(path.name, text) for path in DOCUMENTS for text in fence.findall(path.read_text())]
 
 
 @pytest.fixture(scope="module")
