@@ -1,0 +1,255 @@
+"""What a run's draws say: the llc with its error, the work it took, and a verdict with its remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+from scipy.stats import chi2
+
+from lambda_hat.llc import (
+    MIN_DRAWS,
+    Estimate,
+    estimate,
+    finite_chains,
+    llc_draws,
+    mcse,
+    nbeta_sensitivity,
+    rhat,
+)
+from lambda_hat.run import RunSpec
+from lambda_hat.sampling import Trace
+
+#: Of the steps after burn-in. A few are an integrator's bad luck; from about here on whole regions of the posterior are missed.
+MAX_DIVERGENT = 0.01
+#: Standard errors by which a number must be off before it is called off; for the llc's sign two, as a 95 % interval.
+SIGN_ERRORS, CLEAR_ERRORS = 2.0, 3.0
+#: Relative to the llc; smaller shifts matter to nobody and a long enough run makes any shift significant.
+RELEVANT = 0.05
+#: The quantile of the (block-averaged) llc trace that must not lie below 0: a tenth of the run is no accident.
+LOW_QUANTILE = 0.10
+#: Blocks of a chain over which minibatch noise is averaged before that: as many as give a 10 % quantile of four chains.
+NUM_BLOCKS = 20
+#: Of nbeta_sensitivity and of the directions held by localisation: more than half is the prior's.
+OVER_LOCALIZED = 0.5
+#: Vehtari et al. 2021. They ask for an ESS of at least 400 with it, where this is about R-hat's mean among chains that agree.
+MAX_RHAT = 1.01
+#: With fewer effective draws R-hat is above that by chance, so it must also be beyond this quantile among chains that agree.
+RHAT_QUANTILE = 0.999
+#: Standard errors from fewer effective draws are over a tenth of the posterior's own width and are themselves unreliable.
+MIN_ESS = 100
+#: Acceptance rates of 0.57 (MALA) and 0.65 (HMC) are optimal; here a Metropolis sampler has lost about half its efficiency.
+MIN_ACCEPTANCE = 0.4
+
+
+class Finding(BaseModel):
+    """Something wrong with a run (a short, stable name), and what to change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    verdict: str
+    remedy: str
+
+
+class Diagnosis(Estimate):
+    """The pooled estimate (`Estimate`'s fields, over the chains kept) with all that is said of it; None = no such number.
+
+    chains: each chain's own estimate; all None for a chain that is not kept. llc_per_chain: their llc.
+    chains_kept of num_chains: how many chains held no NaN or infinity, burn-in included. Only these enter pooled numbers.
+    rhat: rank-normalised split R-hat of the llc draws.
+    true_llc: exact value as a number, true_llc_text: as a fraction. relative_error: (llc - true_llc) / true_llc.
+    nbeta_sensitivity: d log(llc) / d log(nbeta), 0 where the loss and 1 where localisation shapes the posterior.
+    fge: work in full-data gradient equivalents, all chains, tuning and burn-in included. seconds: of sampling, the same.
+    compile_seconds: of compiling, not part of seconds.
+    ess_per_fge, ess_per_second: with ess_bulk. work_normalized_variance: mcse^2 fge, the same however long the run.
+    findings: everything wrong, worst first. verdict, remedy: the first of them; "ok" and "" if there is none.
+    """
+
+    llc_per_chain: tuple[float | None, ...]
+    chains: tuple[Estimate, ...]
+    chains_kept: int
+    num_chains: int
+    rhat: float | None
+    true_llc: float | None
+    true_llc_text: str | None
+    relative_error: float | None
+    nbeta_sensitivity: float | None
+    nbeta_sensitivity_mcse: float | None
+    init_loss: float | None
+    num_params: int
+    num_data: int
+    nbeta: float
+    fge: float
+    seconds: float
+    compile_seconds: float
+    ess_per_fge: float | None
+    ess_per_second: float | None
+    work_normalized_variance: float | None
+    verdict: str
+    remedy: str
+    findings: tuple[Finding, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it: finite numbers, text, lists, objects and None; `Diagnosis.model_validate` reads it back."""
+        return self.model_dump(mode="json")
+
+
+def diagnose(spec: RunSpec, trace: Trace, target_metrics: Mapping[str, Any]) -> Diagnosis:
+    """The estimate and the verdict of a run; of draws after burn-in alone.
+
+    Args:
+      target_metrics: the target's `metrics`: init_loss, num_params, num_data and, where known, true_llc as text like "13/2".
+    """
+    kept = np.flatnonzero(finite_chains(trace))
+    num_chains = len(trace.draws["loss_difference"])
+    chains = tuple(estimate(trace, spec.nbeta, [c] if c in kept else []) for c in range(num_chains))
+    pooled = estimate(trace, spec.nbeta, kept)
+    llc = llc_draws(trace, spec.nbeta)[kept, trace.num_burnin_draws :]
+    sensitivity = nbeta_sensitivity(llc, spec.sampler.num_steps_bw_draws) if len(kept) else None
+    init_loss = target_metrics["init_loss"]
+    true_text = target_metrics.get("true_llc")
+    true_llc = None if true_text is None else float(Fraction(true_text))
+    seconds = trace.seconds["sampling"]
+    numbers = Diagnosis(
+        **dict(pooled),
+        llc_per_chain=tuple(chain.llc for chain in chains),
+        chains=chains,
+        chains_kept=len(kept),
+        num_chains=num_chains,
+        rhat=rhat(llc),
+        true_llc=true_llc,
+        true_llc_text=true_text,
+        relative_error=_ratio(None if pooled.llc is None or true_llc is None else pooled.llc - true_llc, true_llc),
+        nbeta_sensitivity=None if sensitivity is None else sensitivity.value,
+        nbeta_sensitivity_mcse=None if sensitivity is None else sensitivity.mcse,
+        init_loss=init_loss if init_loss is not None and math.isfinite(init_loss) else None,
+        num_params=target_metrics["num_params"],
+        num_data=target_metrics["num_data"],
+        nbeta=spec.nbeta,
+        fge=spec.fge,
+        seconds=seconds,
+        compile_seconds=trace.seconds["compile"],
+        ess_per_fge=_ratio(pooled.ess_bulk, spec.fge),
+        ess_per_second=_ratio(pooled.ess_bulk, seconds),
+        work_normalized_variance=None if pooled.mcse is None else pooled.mcse**2 * spec.fge,
+        verdict="ok",
+        remedy="",
+        findings=(),
+    )
+    verdicts = _verdicts(spec, trace, numbers)
+    remedies = _remedies(spec, numbers)
+    findings = tuple(Finding(verdict=name, remedy=remedy) for name, remedy in remedies.items() if name in verdicts)
+    return numbers.model_copy(update={**dict(findings[0]), "findings": findings}) if findings else numbers
+
+
+def _ratio(value: float | None, by: float | None) -> float | None:
+    return value / by if value is not None and by else None
+
+
+def _verdicts(spec: RunSpec, trace: Trace, numbers: Diagnosis) -> set[str]:
+    """Everything wrong with the run, as keys of `_remedies`."""
+    if numbers.llc is None:
+        return {"diverged"}
+    kept = finite_chains(trace)
+    llc = llc_draws(trace, spec.nbeta)[kept, trace.num_burnin_draws :]
+    error = numbers.mcse or 0.0
+    drift = _drift(llc)
+    share = spec.posterior.localization / numbers.num_params
+    held = share * trace.posterior_draws("squared_distance")[kept].astype(np.float64)
+    tests = {
+        "nan chains": numbers.chains_kept < numbers.num_chains,
+        "divergent steps": numbers.divergences > MAX_DIVERGENT * llc.size * spec.sampler.num_steps_bw_draws,
+        "negative llc": numbers.llc + SIGN_ERRORS * error < 0,
+        "llc above d/2": numbers.llc - CLEAR_ERRORS * error > (1 + RELEVANT) * numbers.num_params / 2,
+        "loss below w*": _below_star(llc, minibatches=hasattr(spec.sampler, "batch_size")),
+        "rising trace": drift > 0,
+        "falling trace": drift < 0,
+        # By the virial theorem E[localization |w-w*|^2] / d is the fraction of directions that localisation holds. It is
+        # large for every singular target whose flat directions are explored, so it says nothing alone. But it is at least the
+        # sensitivity in a run that got to its posterior, and small in one still on its way, whose sensitivity is wrong.
+        "over-localised": numbers.nbeta_sensitivity is not None
+        and numbers.nbeta_sensitivity - SIGN_ERRORS * (numbers.nbeta_sensitivity_mcse or 0.0) > OVER_LOCALIZED
+        and float(np.mean(held)) - SIGN_ERRORS * (mcse(held) or 0.0) > OVER_LOCALIZED,
+        "chains disagree": numbers.rhat is not None and numbers.rhat > _rhat_limit(numbers.chains),
+        "too few draws": numbers.ess_bulk is None or numbers.ess_bulk < MIN_ESS,
+        "low acceptance": numbers.acceptance_rate is not None and numbers.acceptance_rate < MIN_ACCEPTANCE,
+    }
+    return {verdict for verdict, holds in tests.items() if holds}
+
+
+def _drift(llc: np.ndarray) -> float:
+    """Last third minus first third of the chains' draws, (chains, draws), or 0 where that is within its error or irrelevant."""
+    third = llc.shape[1] // 3
+    if third < MIN_DRAWS:
+        return 0.0
+    first, last = llc[:, :third], llc[:, -third:]
+    drift = float(np.mean(last) - np.mean(first))
+    # Chain by chain: all start at w* and drift together, which errors of pooled chains would not show.
+    errors = [mcse(part[c : c + 1]) or 0.0 for part in (first, last) for c in range(len(llc))]
+    error = math.sqrt(sum(e**2 for e in errors)) / len(llc)
+    return drift if abs(drift) > max(CLEAR_ERRORS * error, RELEVANT * abs(np.mean(llc))) else 0.0
+
+
+def _below_star(llc: np.ndarray, minibatches: bool) -> bool:
+    """Whether a tenth of the draws, (chains, draws), lie clearly below w*; a minibatch sampler's draws are averaged in blocks.
+
+    Minibatch noise is independent between draws, so successive differences bound it: its variance is at most E[(x' - x)^2] / 2.
+    """
+    length = max(1, llc.shape[1] // NUM_BLOCKS) if minibatches else 1
+    blocks = np.mean(llc[:, : llc.shape[1] // length * length].reshape(len(llc), -1, length), axis=2)
+    noise = math.sqrt(np.mean(np.square(np.diff(llc, axis=1))) / (2 * length)) if minibatches else 0.0
+    return bool(np.quantile(blocks, LOW_QUANTILE) < -max(CLEAR_ERRORS * noise, RELEVANT * abs(np.mean(llc))))
+
+
+def _rhat_limit(chains: tuple[Estimate, ...]) -> float:
+    """R-hat above which chains disagree: `MAX_RHAT`, or more where they have too few effective draws to tell.
+
+    Among m chains that agree, with N effective draws in all, the 2m half-chains' means vary so that R-hat^2 - 1 is about
+    (2m/N) chi^2_{2m-1} / (2m-1). N is summed over the chains' own, which their disagreement does not lower.
+    """
+    effective = [chain.ess_bulk for chain in chains if chain.ess_bulk is not None]
+    if not effective:
+        return MAX_RHAT
+    halves = 2 * len(effective)
+    excess = halves / sum(effective) * float(chi2.ppf(RHAT_QUANTILE, halves - 1)) / (halves - 1)
+    return max(MAX_RHAT, math.sqrt(1 + excess))
+
+
+def _remedies(spec: RunSpec, numbers: Diagnosis) -> dict[str, str]:
+    """What to change for each verdict, worst verdict first, in fields of this sampler and target."""
+    kind = spec.sampler.kind
+    finer = {
+        "hmc": "raise sampler.target_acceptance",
+        "mclmc": "lower sampler.desired_energy_var",
+    }.get(kind, "lower sampler.step_size")
+    faster = {
+        "hmc": "raise sampler.num_integration_steps",
+        "mclmc": "raise sampler.num_steps_bw_draws",
+    }.get(kind, "raise sampler.step_size as far as the llc stays the same")
+    stable = finer if "step_size" in finer else f"{finer}, or lower sampler.step_size"
+    star = "the loss at w* is not finite: lower training.learning_rate"
+    if hasattr(spec.target, "training"):
+        minimum = "w* is not a minimum of the loss: raise training.num_steps, or raise posterior.localization to stay near it"
+    else:
+        minimum = "w* is an exact minimum here, so this is rounding: set target.precision=float64"
+    longer = f"raise sampler.num_burnin_steps, or {faster}"
+    return {
+        "diverged": star if numbers.init_loss is None else stable,
+        "nan chains": f"the other chains are kept, but are as doubtful: {stable}",
+        "divergent steps": f"the integrator fails in part of the posterior: {finer}, or raise posterior.localization",
+        "negative llc": minimum,
+        "llc above d/2": f"no minimum has such a one: the steps are too coarse, {finer}; "
+        "or draws leave w*, raise posterior.localization",
+        "loss below w*": minimum,
+        "rising trace": f"the chains have not reached their posterior: {longer}",
+        "falling trace": f"the chains have not settled: {longer}",
+        "over-localised": "the llc is mostly the prior's: lower posterior.localization, or raise posterior.nbeta",
+        "chains disagree": f"raise sampler.num_burnin_steps and sampler.num_draws, or {faster}; "
+        "raise posterior.localization if the chains stay apart",
+        "too few draws": f"raise sampler.num_draws, or {faster}",
+        "low acceptance": f"{finer}, or raise sampler.num_burnin_steps to tune the step size longer",
+    }

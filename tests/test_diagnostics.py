@@ -1,0 +1,236 @@
+"""What a run is said to be: every verdict from a trace made for it, and what must not enter a number."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import get_args
+
+import numpy as np
+import pytest
+from test_llc import CHAINS, DRAWS, NBETA, ar1, gaussian, iid, trace_of
+
+from lambda_hat.diagnostics import Diagnosis, diagnose
+from lambda_hat.run import RunSpec
+from lambda_hat.samplers import AnySamplerSpec
+from lambda_hat.sampling import FIELDS
+from lambda_hat.targets import AnyTargetSpec
+
+DIM = 20
+METRICS = {"init_loss": 0.5, "num_params": DIM, "num_data": 1000, "true_llc": "11/2"}
+
+
+def spec_of(kind="hmc", draws=DRAWS, chains=CHAINS, burnin=0, target=None, localization=1.0, **sampler):
+    fields = {"kind": kind, "num_chains": chains, "num_draws": draws, **sampler}
+    if kind == "hmc":
+        fields["num_burnin_steps"] = max(burnin, 20)
+    else:
+        fields["num_burnin_steps"] = burnin * fields.setdefault("num_steps_bw_draws", 1)
+    posterior = {"nbeta": NBETA, "localization": localization}
+    return RunSpec.from_dict(
+        {"target": target or {"family": "quadratic", "dim": DIM}, "posterior": posterior, "sampler": fields}
+    )
+
+
+def verdicts(diagnosis):
+    return [finding.verdict for finding in diagnosis.findings]
+
+
+def test_pooled_numbers():
+    llc = iid()
+    diagnosis = diagnose(spec_of(), trace_of(llc, acceptance_rate=0.7), METRICS)
+    assert diagnosis.llc == pytest.approx(llc.mean())
+    assert diagnosis.llc_per_chain == pytest.approx(llc.mean(axis=1))
+    assert (diagnosis.true_llc, diagnosis.true_llc_text) == (5.5, "11/2")
+    assert diagnosis.relative_error == pytest.approx(llc.mean() / 5.5 - 1)
+    assert diagnosis.acceptance_rate == pytest.approx(0.7)
+    assert (diagnosis.seconds, diagnosis.compile_seconds, diagnosis.nbeta) == (4.0, 2.0, NBETA)
+    assert diagnosis.fge == spec_of().fge
+    assert diagnosis.ess_per_fge == pytest.approx(diagnosis.ess_bulk / diagnosis.fge)
+    assert diagnosis.ess_per_second == pytest.approx(diagnosis.ess_bulk / 4)
+    assert diagnosis.work_normalized_variance == pytest.approx(diagnosis.mcse**2 * diagnosis.fge)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("kind", ["hmc", "sgld", "mclmc"])
+def test_iid_draws_are_ok(kind, seed):
+    diagnosis = diagnose(spec_of(kind), trace_of(iid(seed)), METRICS)
+    assert (diagnosis.verdict, diagnosis.remedy, diagnosis.findings) == ("ok", "", ())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_correlated_draws_are_ok(seed):
+    """At an ESS of some 250 R-hat is above 1.01 more often than not."""
+    llc = 5.0 + 2.2 * ar1(0.88, (CHAINS, DRAWS), seed)
+    assert diagnose(spec_of(), trace_of(llc), METRICS).verdict == "ok"
+
+
+def test_burnin_never_enters():
+    """Poisoned burn-in draws change nothing."""
+    llc, divergent = iid(shape=(CHAINS, 100 + DRAWS)), np.zeros((CHAINS, 100 + DRAWS))
+    spec = spec_of("sgld", burnin=100)
+    clean = diagnose(spec, trace_of(llc, 100), METRICS)
+    llc, squared_distance = llc.copy(), np.full(llc.shape, 0.1)
+    llc[:, :100] = squared_distance[:, :100] = 1e9
+    divergent[:, :100] = 1
+    poisoned = trace_of(llc, 100, squared_distance, is_divergent=divergent)
+    poisoned.draws["acceptance_rate"] = np.where(np.arange(llc.shape[1]) < 100, 1e9, poisoned.draws["acceptance_rate"])
+    assert diagnose(spec, poisoned, METRICS) == clean
+
+
+@pytest.mark.parametrize("where", [0, 150])
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1e200])
+def test_a_lost_chain_is_left_out(where, field, value):
+    llc = iid(shape=(CHAINS, 100 + DRAWS))
+    lost, rest = trace_of(llc, 100), trace_of(llc[[0, 1, 3]], 100)
+    lost.draws[field] = lost.draws[field].copy()
+    lost.draws[field][2, where:] = value
+    diagnosis = diagnose(spec_of("sgld", burnin=100), lost, METRICS)
+    others = diagnose(spec_of("sgld", burnin=100, chains=3), rest, METRICS)
+    pooled = ("llc", "sd", "mcse", "ess_bulk", "ess_tail", "rhat", "nbeta_sensitivity", "acceptance_rate", "divergences")
+    assert [getattr(diagnosis, name) for name in pooled] == [getattr(others, name) for name in pooled]
+    assert (diagnosis.chains_kept, diagnosis.num_chains) == (3, 4)
+    assert diagnosis.llc_per_chain == (*others.llc_per_chain[:2], None, others.llc_per_chain[2])
+    assert verdicts(diagnosis) == ["nan chains"]
+
+
+def divergent_steps():
+    return spec_of(), trace_of(iid(), is_divergent=np.arange(DRAWS) % 50 == 0)
+
+
+def loss_below():
+    return spec_of(), trace_of(np.where(np.arange(DRAWS) % 7 == 0, -3.0, iid(llc=8.0)))
+
+
+def loss_below_under_noise():
+    stretch = np.where(np.arange(DRAWS) % 250 < 50, -6.0, 12.0)
+    return spec_of("sgld"), trace_of(stretch + 3.0 * np.random.default_rng(0).standard_normal((CHAINS, DRAWS)))
+
+
+def ramp(first, last):
+    return spec_of(draws=4000), trace_of(np.linspace(first, last, 4000) * iid(shape=(CHAINS, 4000), llc=5.0) / 5)
+
+
+def over_localised():
+    llc, squared_distance = gaussian(np.full(DIM, 0.01), 10.0, (CHAINS, DRAWS))
+    return spec_of(localization=10.0), trace_of(llc, 0, squared_distance)
+
+
+def one_chain_apart():
+    return spec_of(), trace_of(iid() + np.array([[0], [0], [0], [0.8]]))
+
+
+CASES = {
+    "diverged": lambda: (spec_of("sgld"), trace_of(np.full((CHAINS, DRAWS), np.nan))),
+    "nan chains": lambda: (spec_of("sgld"), trace_of(np.where(np.arange(CHAINS)[:, None] == 1, np.nan, iid()))),
+    "divergent steps": divergent_steps,
+    "negative llc": lambda: (spec_of(), trace_of(iid() - 11.0)),
+    "llc above d/2": lambda: (spec_of("sgld"), trace_of(iid(llc=15.0))),
+    "loss below w*": loss_below,
+    "rising trace": lambda: ramp(4.6, 5.4),
+    "falling trace": lambda: ramp(5.4, 4.6),
+    "over-localised": over_localised,
+    "chains disagree": one_chain_apart,
+    "too few draws": lambda: (spec_of(draws=10), trace_of(iid(shape=(CHAINS, 10)))),
+    "low acceptance": lambda: (spec_of(), trace_of(iid(), acceptance_rate=0.2)),
+}
+#: What else is wrong with a trace.
+BESIDES = {"negative llc": ["loss below w*"]}
+
+
+@pytest.mark.parametrize("verdict", CASES)
+def test_each_verdict(verdict):
+    diagnosis = diagnose(*CASES[verdict](), METRICS)
+    assert (diagnosis.verdict, diagnosis.remedy) == (verdict, diagnosis.findings[0].remedy)
+    assert verdicts(diagnosis) == [verdict, *BESIDES.get(verdict, [])]
+
+
+def test_the_worst_verdict_comes_first():
+    llc = iid() - 11.0
+    llc[1, 5:] = np.nan
+    diagnosis = diagnose(spec_of(), trace_of(llc, acceptance_rate=0.1), METRICS)
+    assert verdicts(diagnosis) == ["nan chains", "negative llc", "loss below w*", "low acceptance"]
+
+
+def test_stretches_below_star_show_through_minibatch_noise():
+    assert "loss below w*" in verdicts(diagnose(*loss_below_under_noise(), METRICS))
+
+
+def test_minibatch_noise_alone_is_not_below_star():
+    noisy = trace_of(5.0 + 20.0 * np.random.default_rng(0).standard_normal((CHAINS, DRAWS)))
+    assert verdicts(diagnose(spec_of("sgld"), noisy, METRICS)) == []
+    assert verdicts(diagnose(spec_of("hmc"), noisy, METRICS)) == ["loss below w*"]  # which has no noise to excuse it
+
+
+def test_flat_directions_are_not_localisation():
+    """Five directions of 2000 matter: localisation holds 99.8 % of them and the llc is right, as for a deep linear network."""
+    curvatures = np.where(np.arange(2000) < 5, 10.0, 0.0)
+    llc, squared_distance = gaussian(curvatures, 1.0, (CHAINS, 300))
+    assert np.mean(squared_distance) / 2000 > 0.99
+    diagnosis = diagnose(spec_of(draws=300), trace_of(llc, 0, squared_distance), METRICS | {"num_params": 2000})
+    assert diagnosis.verdict == "ok"
+    assert diagnosis.nbeta_sensitivity == pytest.approx(0, abs=4 * diagnosis.nbeta_sensitivity_mcse)
+
+
+def test_a_chain_on_its_way_is_not_localised():
+    """It hardly varies, which looks localised, but it is far nearer to w* than localisation would have it."""
+    llc = np.linspace(1, 3, DRAWS) + 0.1 * ar1(0.5, (CHAINS, DRAWS))
+    diagnosis = diagnose(spec_of(), trace_of(llc, squared_distance=0.01), METRICS)
+    assert diagnosis.nbeta_sensitivity > 0.5
+    assert diagnosis.verdict == "rising trace"
+    assert "over-localised" not in verdicts(diagnosis)
+
+
+def test_chains_that_stand_still():
+    """ArviZ takes them for independent draws."""
+    still = diagnose(spec_of("sgld"), trace_of(np.zeros((CHAINS, DRAWS))), METRICS)
+    assert (still.llc, still.ess_bulk, still.rhat, still.mcse) == (0.0, None, None, None)
+    assert verdicts(still) == ["too few draws"]
+    llc = iid()
+    llc[0] = 5.0
+    one = diagnose(spec_of(), trace_of(llc), METRICS)
+    assert one.chains[0].ess_bulk is None
+    assert "chains disagree" in verdicts(one)
+    apart = diagnose(spec_of(), trace_of(np.broadcast_to(np.arange(1.0, 5.0)[:, None], (CHAINS, DRAWS))), METRICS)
+    assert (apart.rhat, apart.verdict) == (None, "too few draws")
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (1, DRAWS), (2, 4), (8, 5)])
+def test_short_and_single_chains(shape):
+    chains, draws = shape
+    diagnosis = diagnose(spec_of(chains=chains, draws=draws), trace_of(iid(shape=shape)), METRICS)
+    assert diagnosis.llc is not None
+    assert (diagnosis.rhat is None) == (chains == 1)
+    assert diagnosis.verdict == ("ok" if draws == DRAWS else "too few draws")
+
+
+@pytest.mark.parametrize("verdict", ["diverged", "nan chains", "too few draws", "negative llc"])
+def test_json_round_trip(verdict):
+    diagnosis = diagnose(*CASES[verdict](), METRICS | {"init_loss": float("nan")})
+    text = json.dumps(diagnosis.to_dict(), allow_nan=False)
+    assert diagnosis.init_loss is None
+    assert Diagnosis.model_validate_json(text) == diagnosis
+
+
+def test_without_exact_value():
+    metrics = {name: value for name, value in METRICS.items() if name != "true_llc"}
+    diagnosis = diagnose(spec_of(), trace_of(iid()), metrics)
+    assert (diagnosis.true_llc, diagnosis.true_llc_text, diagnosis.relative_error) == (None, None, None)
+
+
+def test_a_target_without_a_finite_loss():
+    spec = spec_of("sgld", target={"family": "mlp"})
+    diagnosis = diagnose(spec, trace_of(np.full((CHAINS, DRAWS), np.nan)), METRICS | {"init_loss": None})
+    assert (diagnosis.verdict, "training.learning_rate" in diagnosis.remedy) == ("diverged", True)
+
+
+@pytest.mark.parametrize("sampler", get_args(get_args(AnySamplerSpec)[0]))
+@pytest.mark.parametrize("target", get_args(get_args(AnyTargetSpec)[0]))
+def test_remedies_name_fields_that_exist(sampler, target):
+    spec = spec_of(sampler.model_fields["kind"].default, target={"family": target.model_fields["family"].default})
+    texts = [remedy for case in CASES.values() for remedy in [f.remedy for f in diagnose(spec, case()[1], METRICS).findings]]
+    assert texts
+    for part, field in re.findall(r"\b(sampler|posterior|training|target)\.(\w+)", " ".join(texts)):
+        owner = spec.target.training if part == "training" else getattr(spec, part)
+        assert field in type(owner).model_fields, f"{part}.{field}"
