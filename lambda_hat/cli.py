@@ -38,7 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = load_settings(options.settings)
         uri = settings.store.uri if options.store is None else options.store
-        return options.run(Store(uri, settings.store.options), options)
+        status = options.run(Store(uri, settings.store.options), options)
+        sys.stdout.flush()
+        return status
     except (InvalidInput, ArtifactError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -115,8 +115,10 @@ class DeepLinearSpec(TargetSpec):
         # L_n depends on the inputs only through their second moment, so the full-data loss costs nothing in n.
         second_moment = np.asarray(x.T, np.float64) @ x / len(x)
         constants = {
-            # The product of the layers as rounded, so that w* is an exact zero of the loss in the target's precision.
-            "teacher": np.asarray(_product(params)),
+            # Of the layers as rounded, so that the loss at w* is zero but for the rounding of the product.
+            "teacher": functools.reduce(
+                lambda product, layer: layer @ product, [layer.astype(np.float64) for layer in params.values()]
+            ).astype(self.precision),
             "cholesky": np.linalg.cholesky(second_moment + 1e-12 * np.eye(len(second_moment))).astype(self.precision),
         }
         dataset = Dataset({"x": x}, constants)
