@@ -14,7 +14,7 @@ from flows.orchestration import Place, RunsFailed, artifact_task, command_line, 
 from lambda_hat import artifacts, report
 from lambda_hat.manifest import diagnosis_address, run_address, sweep_address, target_address
 from lambda_hat.plan import make_plan
-from lambda_hat.run import RunSpec
+from lambda_hat.run import RunSpec, labels
 from lambda_hat.runtime import configure
 from lambda_hat.settings import Settings
 from lambda_hat.spec import InvalidInput
@@ -68,10 +68,10 @@ def sweep(
     settings, store = open_place(place)
     configure(settings.runtime)
     specs = plan(settings, store, experiment, overrides or [], from_run)
-    labels = report.labels(specs)
+    names = labels(specs)
 
     targets: dict[str, PrefectFuture[Any]] = {}
-    for spec, (target, _) in zip(specs, labels, strict=True):
+    for spec, (target, _) in zip(specs, names, strict=True):
         if spec.target_id not in targets:
             task = build_target.with_options(refresh_cache=not store.exists(target_address(spec.target_id)))
             targets[spec.target_id] = task.submit(spec.target_id, target, spec.model_dump(mode="json"), place)
@@ -79,7 +79,7 @@ def sweep(
     steps = [[targets[spec.target_id]] for spec in specs]
     cached = [True] * len(specs)
     for stage, address in ((sample, run_address), (diagnose, diagnosis_address)):
-        for index, (spec, label) in enumerate(zip(specs, labels, strict=True)):
+        for index, (spec, label) in enumerate(zip(specs, names, strict=True)):
             exists = store.exists(address(spec.target_id, spec.run_id))
             cached[index] &= exists
             arguments = (spec.run_id, " by ".join(label), spec.model_dump(mode="json"), place)
@@ -87,7 +87,7 @@ def sweep(
             steps[index].append(task.submit(*arguments, wait_for=steps[index][-1:]))
 
     rows = []
-    for spec, label, futures, was_cached in zip(specs, labels, steps, cached, strict=True):
+    for spec, label, futures, was_cached in zip(specs, names, steps, cached, strict=True):
         futures[-1].wait()
         if futures[-1].state.is_completed():
             rows.append(report.row(label, spec, "cached" if was_cached else "computed", futures[-1].result()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,9 +15,8 @@ from scipy.stats import rankdata
 
 from lambda_hat.diagnostics import Diagnosis
 from lambda_hat.llc import MIN_DRAWS, finite_chains, finite_draws, llc_draws, running_llc
-from lambda_hat.run import RunSpec
+from lambda_hat.run import RunSpec, labels
 from lambda_hat.sampling import Trace
-from lambda_hat.spec import dotted
 
 Run = tuple[RunSpec, Trace, Diagnosis]
 
@@ -160,7 +158,7 @@ def plot_llc_convergence(runs: Sequence[Run]) -> Figure:
     axes = fig.subplots(1, 2, sharey=True)
     shown = []
     spans: dict[Axes, list[float]] = {ax: [] for ax in axes}
-    for index, ((spec, trace, diagnosis), label) in enumerate(zip(runs, _labels([run[0] for run in runs]), strict=True)):
+    for index, ((spec, trace, diagnosis), (_, label)) in enumerate(zip(runs, labels([run[0] for run in runs]), strict=True)):
         style = {"color": _color(index), "linestyle": STYLES[index // len(COLORS) % len(STYLES)]}
         llc = llc_draws(trace, spec.nbeta)[finite_chains(trace), trace.num_burnin_draws :]
         counts = _counts(llc.shape[1])
@@ -261,15 +259,3 @@ def _comparable_range(lines: Sequence[np.ndarray], exact: float | None) -> tuple
     reach = 1.5 * abs(centre) or 1.0
     low, high = _range(np.concatenate(lines), exact)
     return max(low, centre - reach), min(high, centre + reach)
-
-
-def _labels(specs: Sequence[RunSpec]) -> list[str]:
-    """Each run's sampler, with the fields in which runs of that sampler differ."""
-    flat = [dotted(spec.model_dump(mode="json", exclude={"target"})) for spec in specs]
-    labels = []
-    for fields in flat:
-        peers = [other for other in flat if other["sampler.kind"] == fields["sampler.kind"]]
-        differing = [key for key, value in fields.items() if any(peer[key] != value for peer in peers)]
-        names = [f"{key.split('.', 1)[1]}={json.dumps(fields[key])}" for key in differing]
-        labels.append(" ".join([fields["sampler.kind"], *names]))
-    return labels

@@ -2,42 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lambda_hat.artifacts import sweep_id
 from lambda_hat.manifest import run_address, sweep_address, target_address
-from lambda_hat.run import RunSpec
-from lambda_hat.spec import Spec, dotted
+from lambda_hat.run import RunSpec, labels
 from lambda_hat.store import Store
-
-
-def labels(specs: Sequence[RunSpec]) -> list[tuple[str, str]]:
-    """(target, sampler) names for people: the family and the kind, with the fields in which those of a kind differ."""
-    targets = _name_apart([spec.target for spec in specs], "family")
-    samplers = _name_apart([spec.sampler for spec in specs], "kind")
-    posteriors = _name_apart([spec.posterior for spec in specs], None)
-    return [
-        (target, " ".join(filter(None, (sampler, posterior))))
-        for target, sampler, posterior in zip(targets, samplers, posteriors, strict=True)
-    ]
-
-
-def _name_apart(specs: Sequence[Spec], kind_field: str | None) -> list[str]:
-    flat = [dotted(spec.model_dump(mode="json")) for spec in specs]
-    kinds = [fields.pop(kind_field) if kind_field else "" for fields in flat]
-    names = []
-    for kind, fields in zip(kinds, flat, strict=True):
-        peers = [other for other_kind, other in zip(kinds, flat, strict=True) if other_kind == kind]
-        differing = [name for name in fields if any(peer.get(name) != fields[name] for peer in peers)]
-        names.append(" ".join(filter(None, [str(kind), *(f"{name}={_short(fields[name])}" for name in differing)])))
-    return names
-
-
-def _short(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":")) if isinstance(value, list) else str(value)
 
 
 def row(

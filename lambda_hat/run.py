@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Self
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, Self
 
 from pydantic import model_validator
 
 from lambda_hat.posterior import PosteriorSpec
 from lambda_hat.samplers import AnySamplerSpec
-from lambda_hat.spec import Spec, content_id
+from lambda_hat.spec import Spec, content_id, dotted
 from lambda_hat.targets import AnyTargetSpec
 
 
@@ -42,3 +45,32 @@ class RunSpec(Spec):
     def fge(self) -> float:
         """Work of the run in full-data gradient equivalents, known before it starts."""
         return self.sampler.fge(self.target.num_data)
+
+
+def labels(specs: Sequence[RunSpec]) -> list[tuple[str, str]]:
+    """(target, sampler) names for people: the family and the kind, with the fields in which those of a kind differ."""
+    targets = _name_apart([spec.target for spec in specs], "family")
+    samplers = _name_apart([spec.sampler for spec in specs], "kind")
+    posteriors = _name_apart([spec.posterior for spec in specs], "")
+    return [
+        (target, f"{sampler} {posterior}".strip())
+        for target, sampler, posterior in zip(targets, samplers, posteriors, strict=True)
+    ]
+
+
+def _name_apart(specs: Sequence[Spec], kind_field: str) -> list[str]:
+    flat = [dotted(spec.model_dump(mode="json")) for spec in specs]
+    values: dict[tuple[str, str], set[str]] = defaultdict(set)  # of each kind's fields
+    for fields in flat:
+        for name, value in fields.items():
+            values[fields.get(kind_field, ""), name].add(_short(value))
+    names = []
+    for fields in flat:
+        kind = fields.get(kind_field, "")
+        differing = [f"{name}={_short(value)}" for name, value in fields.items() if len(values[kind, name]) > 1]
+        names.append(" ".join([kind, *differing]).strip())
+    return names
+
+
+def _short(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":")) if isinstance(value, list) else str(value)
