@@ -28,7 +28,7 @@ RUNS = {
 # stored result is computed again.
 GOLDEN = {
     "mlp": ("tgt_12964a746016ac88", "run_df2f77e489d7674b"),
-    "digits": ("tgt_9a6bd2a4315bbf35", "run_95d8dd82dcff80af"),
+    "digits": ("tgt_9a6bd2a4315bbf35", "run_70a5e2a527a7ff71"),
     "quadratic": ("tgt_269be36cf09a0150", "run_91907666fc2bcf6d"),
     "dln": ("tgt_116d2c21029b13cc", "run_7408ee89084f7625"),
 }
