@@ -1,4 +1,4 @@
-"""What the flows share: tasks cached on the ids of what they make, progress as log lines, and the command line's frame."""
+"""What the flows share: tasks cached on the ids of what they make, and the command line's frame."""
 
 from __future__ import annotations
 
@@ -7,33 +7,32 @@ import base64
 import functools
 import hashlib
 import json
+import signal
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 from prefect import Flow, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import CacheKeyFnPolicy
-from prefect.logging import get_run_logger
 from prefect.states import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.progress import STOPPED, on_interrupt
 from lambda_hat import report
-from lambda_hat.chunks import Progress
 from lambda_hat.plan import describe
 from lambda_hat.run import RunSpec
 from lambda_hat.settings import Settings, load_settings
 from lambda_hat.spec import InvalidInput
 from lambda_hat.store import Store
 
-#: Names of a store and a settings file, None for the default ones: all a task is told, so no credential is recorded.
+#: Names of a store and a settings file, None for the default ones. A task is told no more, so no credential is recorded.
 Place = dict[str, str | None]
 
 
 def _key(context: Any, parameters: dict[str, Any]) -> str:
     """A result belongs to the artifact it names and the store that holds it, whichever flow run made it."""
-    where = hashlib.sha256(open_place(parameters["place"])[1].uri.encode()).hexdigest()[:16]
+    where = hashlib.sha256(parameters["place"]["store_uri"].encode()).hexdigest()[:16]
     return f"{context.task.name}-{parameters['artifact_id']}-{where}"
 
 
@@ -52,6 +51,9 @@ class RunsFailed(Exception):
         super().__init__(rows)  # what pickle makes it of again
         self.rows = rows
 
+    def __repr__(self) -> str:
+        return f"RunsFailed({self})"  # not the rows, which Prefect would log
+
     def __str__(self) -> str:
         failed = sum(row["status"] == "failed" for row in self.rows)
         return f"{failed} of {len(self.rows)} runs failed; the others are finished and kept."
@@ -62,26 +64,6 @@ def open_place(place: Place) -> tuple[Settings, Store]:
     settings = load_settings(place["settings_file"])
     uri = settings.store.uri if place["store_uri"] is None else place["store_uri"]
     return settings, Store(uri, settings.store.options)
-
-
-def log_progress(settings: Settings) -> Progress:
-    """Progress as lines in the run's log (terminal and UI), at most one every `runtime.progress_seconds`."""
-    logger, began = get_run_logger(), time.monotonic()
-    last = began
-
-    def progress(done: int, total: int, unit: str, note: str) -> None:
-        nonlocal last
-        now = time.monotonic()
-        interval = settings.runtime.progress_seconds
-        if not interval or now - last < interval:
-            return
-        last = now
-        filled = 20 * done // total
-        left = (now - began) * (total - done) / max(done, 1)
-        bar = "█" * filled + "░" * (20 - filled)
-        logger.info("%s %3.0f %% of %d %s, %s, about %.0f s left", bar, 100 * done / total, total, unit, note, left)
-
-    return progress
 
 
 def publish_to_ui(key: str, rows: list[dict[str, str]], plots: dict[str, bytes], heading: str) -> None:
@@ -116,10 +98,14 @@ def command_line(flow: Flow[Any, Any], plan: Callable[..., list[RunSpec]], examp
     runner: Any = ThreadPoolTaskRunner(max_workers=settings.runtime.max_workers)
     name = f"{len(specs)} runs of {len({spec.target_id for spec in specs})} targets"
     code = 0
+    signal.signal(signal.SIGINT, on_interrupt)
     try:
         rows: Any = flow.with_options(task_runner=runner, flow_run_name=name)(*arguments, options.store, options.settings)
     except RunsFailed as error:
         rows, code = error.rows, 1
+    except KeyboardInterrupt:
+        print(STOPPED, file=sys.stderr)
+        return 130
     if options.json:
         print(json.dumps(rows, indent=1))
     else:

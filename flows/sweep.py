@@ -6,13 +6,14 @@ import sys
 from typing import Any
 
 from prefect import flow
-from prefect.futures import PrefectFuture
+from prefect.futures import PrefectFuture, as_completed
 from prefect.logging import get_run_logger
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.orchestration import Place, RunsFailed, artifact_task, command_line, log_progress, open_place, publish_to_ui, reason
+from flows.orchestration import Place, RunsFailed, artifact_task, command_line, open_place, publish_to_ui, reason
+from flows.progress import log_progress
 from lambda_hat import artifacts, report
-from lambda_hat.manifest import diagnosis_address, run_address, sweep_address, target_address
+from lambda_hat.manifest import ArtifactError, diagnosis_address, run_address, sweep_address, target_address
 from lambda_hat.plan import make_plan
 from lambda_hat.run import RunSpec, labels
 from lambda_hat.runtime import configure
@@ -64,41 +65,43 @@ def sweep(
       RunsFailed: some runs failed; the others are finished and stored.
     """
     logger = get_run_logger()
-    place: Place = {"store_uri": store_uri, "settings_file": settings_file}
-    settings, store = open_place(place)
+    settings, store = open_place({"store_uri": store_uri, "settings_file": settings_file})
     configure(settings.runtime)
     specs = plan(settings, store, experiment, overrides or [], from_run)
     names = labels(specs)
+    place: Place = {"store_uri": store.uri, "settings_file": settings_file}
+
+    def arguments(index: int) -> tuple[Any, ...]:
+        return specs[index].run_id, " by ".join(names[index]), specs[index].model_dump(mode="json"), place
 
     targets: dict[str, PrefectFuture[Any]] = {}
     for spec, (target, _) in zip(specs, names, strict=True):
         if spec.target_id not in targets:
             task = build_target.with_options(refresh_cache=not store.exists(target_address(spec.target_id)))
             targets[spec.target_id] = task.submit(spec.target_id, target, spec.model_dump(mode="json"), place)
-    # A task that waits holds a worker, so each stage is submitted whole before the next: no worker waits for work not begun.
-    steps = [[targets[spec.target_id]] for spec in specs]
-    cached = [True] * len(specs)
-    for stage, address in ((sample, run_address), (diagnose, diagnosis_address)):
-        for index, (spec, label) in enumerate(zip(specs, names, strict=True)):
-            exists = store.exists(address(spec.target_id, spec.run_id))
-            cached[index] &= exists
-            arguments = (spec.run_id, " by ".join(label), spec.model_dump(mode="json"), place)
-            task = stage.with_options(refresh_cache=not exists)
-            steps[index].append(task.submit(*arguments, wait_for=steps[index][-1:]))
-
-    rows = []
-    for spec, label, futures, was_cached in zip(specs, names, steps, cached, strict=True):
-        futures[-1].wait()
-        if futures[-1].state.is_completed():
-            rows.append(report.row(label, spec, "cached" if was_cached else "computed", futures[-1].result()))
+    exists = [[store.exists(at(spec.target_id, spec.run_id)) for at in (run_address, diagnosis_address)] for spec in specs]
+    samples: dict[PrefectFuture[Any], int] = {}
+    for index, spec in enumerate(specs):
+        task = sample.with_options(refresh_cache=not exists[index][0])
+        samples[task.submit(*arguments(index), wait_for=[targets[spec.target_id]])] = index
+    rows: dict[int, dict[str, Any]] = {}
+    # Each run is diagnosed here as soon as it is sampled; queued, its diagnosis would come after all sampling.
+    for sampled in as_completed(list(samples)):
+        index = samples[sampled]
+        steps = [targets[specs[index].target_id], sampled]
+        for future in steps:
+            future.wait()  # until then it asks the server, which may not know yet
+        states = [future.state for future in steps]
+        if states[-1].is_completed():
+            task = diagnose.with_options(refresh_cache=not exists[index][1])
+            states.append(task(*arguments(index), return_state=True))
+        if states[-1].is_completed():
+            status = "cached" if all(exists[index]) else "computed"
+            rows[index] = report.row(names[index], specs[index], status, states[-1].result())
         else:
-            rows.append(report.row(label, spec, "failed", None, reason([future.state for future in futures])))
-        logger.info("%s by %s: %s", *label, rows[-1]["status"])
-    finished = [spec for spec, row in zip(specs, rows, strict=True) if row["status"] != "failed"]
-    _publish(finished, rows, store)
-    if len(finished) < len(rows):
-        raise RunsFailed(rows)
-    return rows
+            rows[index] = report.row(names[index], specs[index], "failed", None, reason(states))
+        logger.info("%s by %s: %s", *names[index], rows[index]["status"])
+    return _publish(specs, [rows[index] for index in range(len(specs))], store)
 
 
 def plan(settings: Settings, store: Store, experiment: str | None, overrides: list[str], from_run: str | None) -> list[RunSpec]:
@@ -109,17 +112,28 @@ def plan(settings: Settings, store: Store, experiment: str | None, overrides: li
         raise InvalidInput(
             f"--from-run repeats a run as it was, without experiment or overrides; got {experiment or overrides}."
         )
-    return [artifacts.find_run_spec(store, from_run)]
+    try:
+        return [artifacts.find_run_spec(store, from_run)]
+    except InvalidInput:  # repeated into another store than its own
+        return [artifacts.find_run_spec(Store(settings.store.uri, settings.store.options), from_run)]
 
 
-def _publish(finished: list[RunSpec], rows: list[dict[str, Any]], store: Store) -> None:
-    """The finished runs' plots to the store, and with the table to the UI."""
-    plots = {}
-    if finished:
-        manifest = artifacts.publish_sweep(finished, store)
-        names = [file.name for file in manifest.files if file.name.endswith(".png")]
-        plots = {name: store.read(sweep_address(manifest.id), name) for name in names}
-    publish_to_ui("sweep-results", report.table(rows), plots, f"{len(finished)} of {len(rows)} runs finished")
+def _publish(specs: list[RunSpec], rows: list[dict[str, Any]], store: Store) -> list[dict[str, Any]]:
+    """The finished runs' plots to the store, and with the table to the UI; returns the rows or raises RunsFailed."""
+    finished = [spec for spec, row in zip(specs, rows, strict=True) if row["status"] != "failed"]
+    heading, plots = f"{len(finished)} of {len(rows)} runs finished", {}
+    try:
+        if finished:
+            manifest = artifacts.publish_sweep(finished, store)
+            names = [file.name for file in manifest.files if file.name.endswith(".png")]
+            plots = {name: store.read(sweep_address(manifest.id), name) for name in names}
+    except ArtifactError as error:  # a damaged trace: there is a table all the same
+        heading += f"; no plots: {error}"
+        get_run_logger().error(heading)
+    publish_to_ui("sweep-results", report.table(rows), plots, heading)
+    if len(finished) < len(rows):
+        raise RunsFailed(rows)
+    return rows
 
 
 EXAMPLES = """\

@@ -8,7 +8,9 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
+from importlib.metadata import version
 
+import jax
 import numpy as np
 from pydantic import TypeAdapter
 
@@ -39,7 +41,9 @@ def build_target(spec: TargetSpec, store: Store, progress: Progress = no_progres
     files = {
         f"{name}.npz": pack_arrays({key: np.asarray(array) for key, array in group.items()}) for name, group in arrays.items()
     }
-    return store.publish(address, files, spec=spec.model_dump(mode="json"), summary=target.metrics)
+    return store.publish(
+        address, files, spec=spec.model_dump(mode="json"), summary=target.metrics | {"made_with": _made_with()}
+    )
 
 
 def load_target(store: Store, target_id: str) -> Target:
@@ -74,7 +78,7 @@ def sample_run(spec: RunSpec, store: Store, progress: Progress = no_progress) ->
         resume=_load_checkpoint(store, spec), progress=progress,
         save=lambda checkpoint: store.save_checkpoint(address, _pack_checkpoint(checkpoint)),
     )  # fmt: skip
-    summary = {"fge": spec.fge, "seconds": trace.seconds, "nbeta": spec.nbeta}
+    summary = {"fge": spec.fge, "seconds": trace.seconds, "nbeta": spec.nbeta, "made_with": _made_with()}
     manifest = store.publish(
         address, {"trace.npz": pack_arrays(trace.draws)}, spec=spec.model_dump(mode="json"), summary=summary
     )
@@ -131,8 +135,12 @@ def sweep_id(specs: Sequence[RunSpec]) -> str:
 
 
 def publish_sweep(specs: Sequence[RunSpec], store: Store) -> Manifest:
-    """Publishes the comparison of finished runs, or finds it: each target's plots over its runs, and results.json."""
-    from lambda_hat.diagnostics import diagnose
+    """Publishes the comparison of finished runs, or finds it: each target's plots over its runs, and results.json.
+
+    Raises:
+      ArtifactError: a run or its diagnosis is damaged.
+    """
+    from lambda_hat.diagnostics import Diagnosis
     from lambda_hat.plots import TARGET_PLOTS, save_png
 
     address = sweep_address(sweep_id(specs))
@@ -140,18 +148,22 @@ def publish_sweep(specs: Sequence[RunSpec], store: Store) -> Manifest:
         return manifest
     files: dict[str, bytes] = {}
     results = []
-    for target_id, runs_of_target in itertools.groupby(
-        sorted(specs, key=lambda spec: spec.target_id), lambda spec: spec.target_id
-    ):
-        target = store.manifest(target_address(target_id))
-        assert target is not None  # its runs were sampled from it
-        runs = [(spec, trace := load_trace(store, spec), diagnose(spec, trace, target.summary)) for spec in runs_of_target]
+    by_target = itertools.groupby(sorted(specs, key=lambda spec: spec.target_id), lambda spec: spec.target_id)
+    for target_id, runs_of_target in by_target:
+        runs = []
+        for spec in runs_of_target:
+            result = store.read(diagnosis_address(target_id, spec.run_id), "result.json")
+            runs.append((spec, load_trace(store, spec), Diagnosis.model_validate_json(result)))
+            results.append({"target_id": target_id, "run_id": spec.run_id} | json.loads(result))
         files |= {f"{name}-{target_id}.png": save_png(plot(runs)) for name, plot in TARGET_PLOTS.items()}
-        results += [{"target_id": target_id, "run_id": spec.run_id} | diagnosis.to_dict() for spec, _, diagnosis in runs]
     files["results.json"] = json.dumps(results, indent=1).encode()
-    return store.publish(
-        address, files, spec={"run_ids": sorted(spec.run_id for spec in specs)}, summary={"num_runs": len(specs)}
-    )
+    summary = {"num_runs": len(specs)}
+    return store.publish(address, files, spec={"run_ids": sorted(spec.run_id for spec in specs)}, summary=summary)
+
+
+def _made_with() -> dict[str, str]:
+    """What an id leaves out and the last digits depend on."""
+    return {"jax": jax.__version__, "blackjax": version("blackjax"), "backend": jax.default_backend()}
 
 
 def _pack_checkpoint(checkpoint: Checkpoint) -> bytes:

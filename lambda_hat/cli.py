@@ -28,7 +28,8 @@ KINDS = {"targets": "target", "runs": "run", "sweeps": "sweep"}
 
 #: Columns of the results table; csv, json and parquet hold all.
 RESULT_COLUMNS = [
-    "id", "spec.target.family", "spec.sampler.kind", "llc", "mcse", "true_llc", "ess_bulk", "rhat", "fge", "seconds", "verdict",
+    "id", "spec.target.family", "spec.sampler.kind", "spec.sampler.step_size", "llc", "mcse", "true_llc", "ess_bulk", "rhat",
+    "fge", "seconds", "verdict",
 ]  # fmt: skip
 
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 
-def normal(seed: int, shape: tuple[int, ...], scale: float = 1.0) -> np.ndarray:
-    """Independent normal samples of standard deviation `scale`, float64, the same on every platform (PCG64)."""
+def normal(seed: tuple[int, int], shape: tuple[int, ...], scale: float = 1.0) -> np.ndarray:
+    """Independent normal samples of standard deviation `scale`, float64 (PCG64).
+
+    Args:
+      seed: the target's seed and a number that tells its streams apart, so that no two targets share samples.
+    """
     return scale * np.random.default_rng(seed).standard_normal(shape)
 
 

@@ -55,8 +55,8 @@ def make_plan(settings: Settings, experiment: str | None = None, overrides: Sequ
       - An override replaces the same key of the experiment, and what the experiment sets inside it (`model=` replaces
         `model.depth=`). It wins over the experiment whichever is more specific; among overrides the more specific key wins.
       - `target=` and `sampler=` choose what the experiment is run on. A target runs in the sweeps that name it (or name no
-        target), one that none names in the first sweep. A sampler runs in those of its target's sweeps that name it (or name no
-        sampler), or else in all of these. What the experiment sets for what is no longer there is dropped.
+        target), one that none names with its presets alone. A sampler runs in those of its target's sweeps that name it (or
+        name no sampler), or else in all of these. What the experiment sets for what is no longer there is dropped.
       - Without `posterior=` the posterior preset "default" is used if there is one. settings.runtime.precision is the
         precision of targets that state none. A field set nowhere keeps the family's or kind's default.
 
@@ -78,7 +78,7 @@ def make_plan(settings: Settings, experiment: str | None = None, overrides: Sequ
     plan = _Plan(settings, user, {"target": targets, "sampler": samplers})
     runs: dict[str, RunSpec] = {}
     for target in targets:
-        homes = _open_to("target", target, sweeps) or sweeps[:1]
+        homes: list[Sweep] = _open_to("target", target, sweeps) or [{}]
         for sampler in _chosen("sampler", [user]) or _chosen("sampler", homes) or samplers:
             for sweep in _open_to("sampler", sampler, homes) or homes:
                 runs |= {run.run_id: run for run in plan.runs(target, sampler, sweep) if run.run_id not in runs}

@@ -7,12 +7,28 @@ from pathlib import Path
 import jax
 
 from lambda_hat.settings import Runtime
+from lambda_hat.spec import InvalidInput
 
 
 def configure(runtime: Runtime) -> None:
-    """Applies the settings to this process; call before the first computation."""
+    """Applies the settings to this process; call before the first computation.
+
+    Raises:
+      InvalidInput: the platform asked for is not here.
+    """
+    # On GPUs JAX would multiply float32 matrices in TF32, ten bits of mantissa: losses near zero would be noise.
+    jax.config.update("jax_default_matmul_precision", "highest")
     if runtime.platform != "auto":
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(runtime.platform, runtime.platform))
+        try:
+            backend = jax.default_backend()
+        except RuntimeError as error:
+            backend = str(error)
+        if backend != runtime.platform:
+            raise InvalidInput(
+                f"runtime.platform must be one JAX finds here; got {runtime.platform!r}, found {backend}. "
+                "Use auto, or install the JAX that has it."
+            )
     if runtime.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(runtime.compilation_cache).expanduser()))
         # By default programs that compile in under a second are not kept; ours are many and small.

@@ -140,7 +140,8 @@ def sample(
     """Draws from the local posterior around `params_star`, in the dtype of its leaves.
 
     Args:
-      resume: where an earlier, interrupted call got to; the result is the same as without the interruption.
+      resume: where an earlier, interrupted call got to; the result is the same as without the interruption. One that does
+        not fit this program is ignored.
       save: receives a checkpoint after every chunk.
 
     Returns:
@@ -173,13 +174,13 @@ def _sample(
         jax.random.key(sampler.seed),
     )  # fmt: skip
     total = sampler.num_burnin_draws + sampler.num_draws
-    if resume is None:
+    structure = jax.eval_shape(program.init, inputs)
+    if resume is None or not _fits(resume, structure):
         state = jax.block_until_ready(program.init(inputs))
         parts: list[dict[str, np.ndarray]] = []
         spent = {"compile": 0.0, "sampling": 0.0}
     else:
-        structure = jax.tree.structure(jax.eval_shape(program.init, inputs))
-        state = jax.device_put(jax.tree.unflatten(structure, resume.leaves))
+        state = jax.device_put(jax.tree.unflatten(jax.tree.structure(structure), resume.leaves))
         parts, spent = [resume.draws], resume.seconds
     start = parts[0][FIELDS[0]].shape[1] if parts else 0
 
@@ -205,6 +206,12 @@ def _sample(
 
     run_in_chunks(advance, (state, None, 0), start, total, after_chunk, BUFFER_DRAWS)
     return Trace(_join(parts), sampler.num_burnin_draws, seconds())
+
+
+def _fits(checkpoint: Checkpoint, structure: Any) -> bool:
+    """Whether a state has the shapes and dtypes of this program's; that of another version of the libraries may not."""
+    expected = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(structure)]
+    return expected == [(leaf.shape, leaf.dtype) for leaf in checkpoint.leaves]
 
 
 def _join(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -74,6 +74,8 @@ class Store:
                 "Use a local path or s3://bucket/folder, or install the package the message names."
             ) from error
         self._local = isinstance(self._fs, LocalFileSystem)
+        if self._local and Path(path).exists() and not Path(path).is_dir():
+            raise InvalidInput(f"A local store is a folder; got {uri!r}, which is a file: name another path.")
         self._root = path.rstrip("/")
         self.uri: str = self._shown(self._root)
 

@@ -70,8 +70,8 @@ class Objective(NamedTuple):
     """The loss of a target.
 
     per_sample_loss: (params, dataset) -> (B,), the loss of each sample of the dataset.
-    loss: (params, dataset) -> (), the mean loss L_n over the whole dataset in closed form from its constants; None where only
-      the mean of `per_sample_loss` gives it.
+    loss: (params, dataset) -> (), the mean loss L_n over the whole dataset, less a constant, in closed form from its
+      constants; None where only the mean of `per_sample_loss` gives it.
     """
 
     per_sample_loss: Callable[[Params, Dataset], jax.Array]

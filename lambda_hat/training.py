@@ -75,9 +75,12 @@ def _program(spec: TrainingSpec, objective: Objective) -> tuple[Callable, Callab
 
 
 def train(
-    spec: TrainingSpec, objective: Objective, params: Params, dataset: Dataset, seed: int, progress: Progress
+    spec: TrainingSpec, objective: Objective, params: Params, dataset: Dataset, key: jax.Array, progress: Progress
 ) -> tuple[Params, dict[str, np.ndarray]]:
     """Minimises the mean loss over `dataset`, starting from `params`.
+
+    Args:
+      key: of the minibatches.
 
     Returns:
       The trained parameters and the training curve {"step", "loss"} (loss of the batch, before the step).
@@ -88,7 +91,7 @@ def train(
     dtype = jax.tree.leaves(params)[0].dtype
     # The program depends on the optimizer, the schedule and the batch size; rate and length are traced.
     init, advance = _program(spec.model_copy(update={"learning_rate": 1.0, "num_steps": 1}), objective)
-    key, rate = jax.random.key(seed), jnp.asarray(spec.learning_rate, dtype)
+    rate = jnp.asarray(spec.learning_rate, dtype)
 
     def report(carry: Any, done: int) -> None:
         progress(done, spec.num_steps, "steps", f"loss {np.nanmin(np.asarray(carry[2])):.4g}")

@@ -5,12 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any, Literal, NamedTuple
 
-import blackjax
 import jax
 import jax.numpy as jnp
-from blackjax.adaptation.mass_matrix import mass_matrix_adaptation
-from blackjax.adaptation.step_size import dual_averaging_adaptation
-from blackjax.adaptation.window_adaptation import build_schedule
 from pydantic import Field
 
 from lambda_hat.posterior import Posterior
@@ -58,6 +54,11 @@ class State(NamedTuple):
 
 @functools.cache
 def _build(num_integration_steps: int, num_burnin_steps: int) -> Sampler:
+    import blackjax  # starts JAX's backend, which the settings choose
+    from blackjax.adaptation.mass_matrix import mass_matrix_adaptation
+    from blackjax.adaptation.step_size import dual_averaging_adaptation
+    from blackjax.adaptation.window_adaptation import build_schedule
+
     kernel = blackjax.hmc.build_kernel()
     mass_init, mass_update, mass_final = mass_matrix_adaptation(is_diagonal_matrix=True)
 

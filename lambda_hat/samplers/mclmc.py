@@ -5,10 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any, Literal, NamedTuple
 
-import blackjax
 import jax
 import jax.numpy as jnp
-from blackjax.adaptation.mclmc_adaptation import MCLMCAdaptationState
 from pydantic import Field
 
 from lambda_hat.posterior import Posterior
@@ -58,6 +56,9 @@ class State(NamedTuple):
 
 @functools.cache
 def _build(num_tuning_steps: int) -> Sampler:
+    import blackjax  # starts JAX's backend, which the settings choose
+    from blackjax.adaptation.mclmc_adaptation import MCLMCAdaptationState
+
     kernel = blackjax.mclmc.build_kernel()
 
     def init(rng_key: jax.Array, position: jax.Array, posterior: Posterior, numbers: dict) -> State:

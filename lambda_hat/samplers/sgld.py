@@ -7,7 +7,6 @@ from typing import Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
-from blackjax.sgmcmc.diffusions import overdamped_langevin
 from pydantic import Field, model_validator
 
 from lambda_hat.posterior import Posterior
@@ -46,6 +45,10 @@ class SgldSpec(SamplerSpec):
 
     @model_validator(mode="after")
     def _adapts(self) -> Self:
+        unused = {"none": ("beta1", "beta2", "stabilizer"), "rmsprop": ("beta1",), "adam": ()}[self.preconditioner]
+        for name in unused:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} has no effect with preconditioner={self.preconditioner}; got {getattr(self, name)}")
         if self.preconditioner != "none" and self.num_burnin_steps < MIN_ADAPTATION:
             raise ValueError(
                 f"num_burnin_steps must be at least {MIN_ADAPTATION} with preconditioner={self.preconditioner}, "
@@ -67,6 +70,8 @@ class State(NamedTuple):
 
 @functools.cache
 def _build(batch_size: int, preconditioner: str, num_adaptation_steps: int) -> Sampler:
+    from blackjax.sgmcmc.diffusions import overdamped_langevin  # starts JAX's backend, which the settings choose
+
     integrator = overdamped_langevin()
 
     def init(rng_key: jax.Array, position: jax.Array, posterior: Posterior, numbers: dict) -> State:

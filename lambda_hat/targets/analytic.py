@@ -50,11 +50,10 @@ class QuadraticSpec(TargetSpec):
         return np.geomspace(1.0, 1.0 / self.condition_number, self.dim)
 
     def build(self, progress: Progress = no_progress) -> Target:
-        samples = data.normal(self.seed, (self.data.n_data, self.dim), self.data.noise_scale).astype(self.precision)
+        samples = data.normal((self.seed, 0), (self.data.n_data, self.dim), self.data.noise_scale).astype(self.precision)
         mean = np.mean(samples, axis=0, dtype=np.float64).astype(self.precision)
         curvatures = self.curvatures().astype(self.precision)
-        floor = 0.5 * np.sum(curvatures * np.mean(np.square(samples - mean), axis=0, dtype=np.float64))
-        dataset = Dataset({"e": samples}, {"h": curvatures, "mean": mean, "floor": floor.astype(self.precision)})
+        dataset = Dataset({"e": samples}, {"h": curvatures, "mean": mean})
         params = {"w": mean}
         metrics = {
             "init_loss": mean_loss_float64(self.objective(), params, dataset),
@@ -71,8 +70,7 @@ def _quadratic_per_sample(params: Params, dataset: Dataset) -> jax.Array:
 
 
 def _quadratic_mean(params: Params, dataset: Dataset) -> jax.Array:
-    h, mean, floor = (dataset.constants[name] for name in ("h", "mean", "floor"))
-    return floor + 0.5 * jnp.sum(h * jnp.square(params["w"] - mean))
+    return 0.5 * jnp.sum(dataset.constants["h"] * jnp.square(params["w"] - dataset.constants["mean"]))
 
 
 _QUADRATIC = Objective(_quadratic_per_sample, _quadratic_mean)
@@ -81,7 +79,7 @@ _QUADRATIC = Objective(_quadratic_per_sample, _quadratic_mean)
 class DeepLinearData(DataSpec):
     """Inputs x ~ U(-input_bound, input_bound) and noise-free labels y = W0 x, as in arXiv 2308.12108."""
 
-    input_bound: float = Field(10.0, gt=0, description="inputs are uniform between minus and plus this")
+    input_bound: float = Field(10.0, ge=1e-3, le=1e3, description="inputs are uniform between minus and plus this")
 
 
 class DeepLinearSpec(TargetSpec):
@@ -103,6 +101,11 @@ class DeepLinearSpec(TargetSpec):
             raise ValueError(f"every width must be at least 1; got widths={list(self.widths)}")
         if self.rank > min(self.widths):
             raise ValueError(f"rank must be at most the smallest width, {min(self.widths)}; got rank={self.rank}")
+        if self.data.n_data < 10 * self.widths[0]:
+            raise ValueError(
+                f"data.n_data must be at least ten times the first width, {10 * self.widths[0]}, or the inputs do not span "
+                f"their space and the exact llc does not hold; got {self.data.n_data}"
+            )
         return self
 
     def build(self, progress: Progress = no_progress) -> Target:
@@ -119,7 +122,7 @@ class DeepLinearSpec(TargetSpec):
             "teacher": functools.reduce(
                 lambda product, layer: layer @ product, [layer.astype(np.float64) for layer in params.values()]
             ).astype(self.precision),
-            "cholesky": np.linalg.cholesky(second_moment + 1e-12 * np.eye(len(second_moment))).astype(self.precision),
+            "cholesky": np.linalg.cholesky(second_moment).astype(self.precision),
         }
         dataset = Dataset({"x": x}, constants)
         metrics = {

@@ -51,8 +51,9 @@ class DigitsSpec(TargetSpec):
         dataset = Dataset({"x": x, "y": y}, {})
         network = mlp(self.model, NUM_CLASSES)
         with jax.enable_x64(self.precision == "float64"):
-            params = network.init(jax.random.key(self.seed), x[:1])
-            params, history = train(self.training, self.objective(), params, dataset, self.seed, progress)
+            init_key, training_key = jax.random.split(jax.random.key(self.seed))
+            params = network.init(init_key, x[:1])
+            params, history = train(self.training, self.objective(), params, dataset, training_key, progress)
             accuracy = [
                 float(np.mean(np.argmax(network.apply(params, inputs), axis=1) == labels))
                 for inputs, labels in ((x, y), (x_test, y_test))

@@ -49,14 +49,14 @@ class MlpSpec(TargetSpec):
     def build(self, progress: Progress = no_progress) -> Target:
         keys = jax.random.split(jax.random.key(self.seed), 3)
         with jax.enable_x64(self.precision == "float64"):
-            x = data.normal(self.seed, (self.data.n_data, self.data.input_dim)).astype(self.precision)
+            x = data.normal((self.seed, 0), (self.data.n_data, self.data.input_dim)).astype(self.precision)
             teacher = mlp(self.data.teacher, self.data.output_dim)
             clean = np.asarray(teacher.apply(_init(teacher, keys[0], x), x))
-            noise = data.normal(self.seed + 1, clean.shape, self.data.noise_scale)
+            noise = data.normal((self.seed, 1), clean.shape, self.data.noise_scale)
             y = (clean / np.maximum(clean.std(), 1e-6) + noise).astype(self.precision)
             dataset = Dataset({"x": x, "y": y}, {})
             params = _init(mlp(self.model, self.data.output_dim), keys[1], x)
-            params, history = train(self.training, self.objective(), params, dataset, self.seed, progress)
+            params, history = train(self.training, self.objective(), params, dataset, keys[2], progress)
         params = jax.tree.map(np.asarray, params)
         metrics = {
             "init_loss": mean_loss_float64(self.objective(), params, dataset),
