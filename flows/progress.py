@@ -53,12 +53,12 @@ def log_progress(settings: Settings) -> Progress:
         now = time.monotonic()
         first = first or (done, now)
         interval = settings.runtime.progress_seconds
-        if not interval or now - last < interval or done == first[0]:
+        if not interval or now - last < interval:
             return
         last = now
         filled = 20 * done // total
-        left = (now - first[1]) * (total - done) / (done - first[0])
         bar = "█" * filled + "░" * (20 - filled)
-        logger.info("%s %3.0f %% of %d %s, %s, about %.0f s left", bar, 100 * done / total, total, unit, note, left)
+        left = f", about {(now - first[1]) * (total - done) / (done - first[0]):.0f} s left" if done > first[0] else ""
+        logger.info("%s %3.0f %% of %d %s, %s%s", bar, 100 * done / total, total, unit, note, left)
 
     return progress
