@@ -142,7 +142,7 @@ def sample(
     Args:
       resume: where an earlier, interrupted call got to; the result is the same as without the interruption. One that does
         not fit this program is ignored.
-      save: receives a checkpoint after every chunk.
+      save: receives a checkpoint after a chunk, as often as saving takes at most a tenth of the time.
 
     Returns:
       The trace. A chain that diverges holds NaN from then on; it is never an error.
@@ -195,11 +195,18 @@ def _sample(
         state, buffer = program.advance(carry[0], inputs, start, count)
         return state, buffer, count
 
+    saved = save_seconds = 0.0
+
     def after_chunk(carry: Any, done: int) -> None:
         state, buffer, count = carry
         parts.append({name: np.asarray(buffer[name])[:, :count] for name in FIELDS})
-        if save is not None and done < total:
+        nonlocal saved, save_seconds
+        now = time.perf_counter()
+        # A checkpoint holds all draws so far, so saving after every chunk would cost the square of their number.
+        if save is not None and done < total and now - saved > 10 * save_seconds:
             save(Checkpoint([np.asarray(leaf) for leaf in jax.tree.leaves(state)], _join(parts), seconds()))
+            saved = time.perf_counter()
+            save_seconds = saved - now
         latest = parts[-1]["loss_difference"]
         llc = nbeta * float(np.mean(latest[np.isfinite(latest)], dtype=np.float64)) if np.isfinite(latest).any() else np.nan
         progress(done, total, "draws", f"{'burn-in' if done <= sampler.num_burnin_draws else 'sampling'}, llc {llc:.4g} lately")

@@ -1,0 +1,360 @@
+"""`lambda-hat`: every command on a small store made by the corridor's own steps, and what each refuses."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import pandas as pd
+import pytest
+
+from lambda_hat import artifacts
+from lambda_hat.cli import main
+from lambda_hat.manifest import diagnosis_address, run_address, sweep_address, target_address
+from lambda_hat.posterior import PosteriorSpec
+from lambda_hat.run import RunSpec
+from lambda_hat.samplers.hmc import HmcSpec
+from lambda_hat.samplers.sgld import SgldSpec
+from lambda_hat.store import Store
+from lambda_hat.targets.analytic import DeepLinearData, DeepLinearSpec, QuadraticData, QuadraticSpec
+
+BOWL = QuadraticSpec(dim=4, data=QuadraticData(n_data=300))
+LINEAR = DeepLinearSpec(widths=(3, 2, 3), data=DeepLinearData(n_data=300))
+SHORT = {"num_draws": 50, "num_chains": 2}
+# More digits than any rounding leaves, and specs with fields of their own, whose columns have gaps.
+STEP = 1.2345678901234e-07
+SPECS = [
+    RunSpec(target=BOWL, sampler=SgldSpec(batch_size=64, num_burnin_steps=50, num_steps_bw_draws=1, step_size=STEP, **SHORT)),
+    RunSpec(target=BOWL, sampler=HmcSpec(num_burnin_steps=50, **SHORT), posterior=PosteriorSpec(nbeta=40)),
+    RunSpec(target=LINEAR, sampler=SgldSpec(batch_size=64, num_burnin_steps=50, num_steps_bw_draws=1, **SHORT)),
+]
+#: Sampled, but not diagnosed.
+RAW = RunSpec(target=BOWL, sampler=SPECS[0].sampler.model_copy(update={"seed": 5}))
+
+
+def fill(store: Store) -> None:
+    for spec in SPECS:
+        artifacts.build_target(spec.target, store)
+        artifacts.sample_run(spec, store)
+        artifacts.diagnose_run(spec, store)
+    artifacts.sample_run(RAW, store)
+    artifacts.publish_sweep(SPECS, store)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    store = Store(str(tmp_path_factory.mktemp("cli") / "store"))
+    with jax.numpy_dtype_promotion("standard"):
+        fill(store)
+    return store
+
+
+@pytest.fixture(autouse=True)
+def _settings(monkeypatch, tmp_path):
+    """No command finds the checkout's settings or store."""
+    for name in list(os.environ):
+        if name.startswith("LAMBDA_HAT_"):
+            monkeypatch.delenv(name)
+    (tmp_path / "settings.toml").write_text(f'[store]\nuri = "{tmp_path / "default store"}"\n')
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def run(capsys, store):
+    """Runs a command on the store: its status, stdout and stderr."""
+
+    def run(*arguments: str, store_uri: str | None = store.uri):
+        where = [] if store_uri is None else ["--store", store_uri]
+        try:
+            status = main([*arguments, *where])
+        except SystemExit as stop:
+            status = stop.code
+        captured = capsys.readouterr()
+        return SimpleNamespace(status=status, out=captured.out, err=captured.err)
+
+    return run
+
+
+TARGETS = {target.target_id: target for target in (BOWL, LINEAR)}
+RUNS = [*(spec.run_id for spec in SPECS), RAW.run_id]
+SWEEP = artifacts.sweep_id(SPECS)
+
+
+def test_ls(run, store):
+    result = run("ls")
+    assert (result.status, result.err) == (0, "")
+    sections = dict(section.split("\n", 1) for section in result.out.strip().split("\n\n"))
+    assert list(sections) == [f"targets (2) in {store.uri}", f"runs (4) in {store.uri}", f"sweeps (1) in {store.uri}"]
+    # Oldest first.
+    assert [[line.split()[0] for line in text.split("\n")[1:]] for text in sections.values()] == [[*TARGETS], RUNS, [SWEEP]]
+    header, *lines = (line.split() for line in sections[f"targets (2) in {store.uri}"].split("\n"))
+    first, second = (dict(zip(header, line, strict=True)) for line in lines)
+    assert (first["family"], first["num_params"], first["num_data"], first["true_llc"]) == ("quadratic", "4", "300", "4/2")
+    assert (second["family"], second["num_params"]) == ("dln", "12")
+
+
+@pytest.mark.parametrize("kinds", [["runs"], ["sweeps", "targets"]])
+def test_ls_of_some_kinds(run, kinds):
+    out = run("ls", *kinds).out
+    assert [line.split()[0] for line in out.splitlines() if " in " in line] == kinds
+    assert (SWEEP in out) == ("sweeps" in kinds)
+    assert all((identity in out) == ("runs" in kinds) for identity in RUNS)
+
+
+def test_ls_json(run, store):
+    listing = json.loads(run("ls", "--json").out)
+    assert list(listing) == ["targets", "runs", "sweeps"]
+    assert [row["id"] for row in listing["runs"]] == RUNS
+    for row, spec in zip(listing["runs"], [*SPECS, RAW], strict=True):
+        assert row["fge"] == spec.fge
+        assert (row["target_id"], row["spec.sampler.kind"]) == (spec.target_id, spec.sampler.kind)
+        manifest = store.manifest(run_address(spec.target_id, spec.run_id))
+        assert row["created_at"][:19] == manifest.created_at[:19]
+    for row in listing["targets"]:
+        assert row["init_loss"] == store.manifest(target_address(row["id"])).summary["init_loss"]
+    assert json.loads(run("ls", "sweeps", "--json").out) == {"sweeps": listing["sweeps"]}
+
+
+def test_show_json_is_the_manifests(run, store):
+    spec = SPECS[1]
+    content = json.loads(run("show", spec.run_id, "--json").out)
+    assert list(content) == ["run", "diagnosis"]
+    for part, address in (("run", run_address), ("diagnosis", diagnosis_address)):
+        manifest = store.manifest(address(spec.target_id, spec.run_id))
+        assert content[part]["created_at"] == manifest.created_at
+        assert content[part]["spec"] == manifest.spec == spec.model_dump(mode="json")
+        assert content[part]["summary"] == manifest.summary
+        assert list(content[part]["files"]) == [file.name for file in manifest.files]
+        for file in manifest.files:
+            assert Path(content[part]["files"][file.name]).stat().st_size == file.size
+    assert {"trace.png", "rank.png", "running_llc.png"} <= content["diagnosis"]["files"].keys()
+    assert list(json.loads(run("show", RAW.run_id, "--json").out)) == ["run"]
+
+
+def test_show_by_the_beginning_of_an_id(run, store):
+    spec = SPECS[0]
+    length = next(n for n in range(5, 21) if [identity.startswith(spec.run_id[:n]) for identity in RUNS].count(True) == 1)
+    shown = run("show", spec.run_id[:length])
+    assert shown.status == 0
+    assert shown.out == run("show", spec.run_id).out
+    lines = [line.split(maxsplit=1) for line in shown.out.splitlines()]
+    diagnosis = store.manifest(diagnosis_address(spec.target_id, spec.run_id)).summary
+    assert ["sampler.step_size", str(STEP)] in lines
+    assert ["verdict", diagnosis["verdict"]] in lines
+    assert ["llc", str(diagnosis["llc"])] in lines
+    paths = [value for name, value in (line for line in lines if len(line) == 2) if name.endswith((".png", ".npz", ".json"))]
+    assert len(paths) == 5
+    assert all(Path(path).is_file() for path in paths)
+
+
+@pytest.mark.parametrize("identity", [BOWL.target_id, LINEAR.target_id[:8], SWEEP, "swp_"])
+def test_show_of_targets_and_sweeps(run, store, identity):
+    address = store.find(identity)
+    manifest = store.manifest(address)
+    assert json.loads(run("show", identity, "--json").out)[address.kind]["summary"] == manifest.summary
+    out = run("show", identity).out
+    assert out.startswith(f"{address.kind} {manifest.id}, made {manifest.created_at}\n")
+    assert all(store.url(address, file.name) in out for file in manifest.files)
+    assert address in (target_address(BOWL.target_id), target_address(LINEAR.target_id), sweep_address(SWEEP))
+
+
+def expected_results(store: Store) -> pd.DataFrame:
+    frame = store.catalogue("diagnosis")
+    assert list(frame["id"]) == [spec.run_id for spec in SPECS]
+    return frame
+
+
+def test_results_table(run, store):
+    header, *lines = (line.split() for line in run("results").out.splitlines())
+    shown = ["id", "family", "kind", "step_size", "llc", "mcse", "true_llc", "ess_bulk", "rhat", "fge", "seconds", "verdict"]
+    assert header == shown
+    frame = expected_results(store)
+    assert len(lines) == len(frame)
+    for line, (_, row) in zip(lines, frame.iterrows(), strict=True):
+        cells = dict(zip(header, line, strict=False))
+        assert cells["id"] == row["id"]
+        for name in ("llc", "mcse", "ess_bulk", "fge"):
+            assert float(cells[name]) == pytest.approx(row[name], rel=1e-4)
+        assert " ".join(line[len(header) - 1 :]) == row["verdict"]
+
+
+def same(value, expected) -> bool:
+    """Equal to the last digit, where the form may have made text of it (JSON of a list) or has no NaN."""
+    if isinstance(expected, float) and math.isnan(expected):
+        return value in (None, "") or bool(pd.isna(value))
+    if isinstance(expected, tuple):
+        return (json.loads(value) if isinstance(value, str) else value) == json.loads(json.dumps(expected))
+    if isinstance(value, str) and isinstance(expected, int | float):
+        return value == str(expected) or float(value) == expected
+    return value == expected
+
+
+@pytest.mark.parametrize(
+    ("form", "to_file"), [("csv", False), ("csv", True), ("json", False), ("json", True), ("parquet", True)]
+)
+def test_results_read_back(run, store, tmp_path, form, to_file):
+    path = tmp_path / f"results.{form}"
+    result = run("results", "--format", form, *(["--output", str(path)] if to_file else []))
+    assert (result.status, result.err, result.out == "") == (0, "", to_file)
+    if not to_file:
+        path.write_text(result.out)
+    if form == "json":
+        rows = json.loads(path.read_text())
+    else:
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False) if form == "csv" else pd.read_parquet(path)
+        rows = frame.to_dict("records")
+    expected = expected_results(store).to_dict("records")
+    assert len(rows) == len(expected)
+    for row, wanted in zip(rows, expected, strict=True):
+        assert list(row) == list(wanted)
+        assert {name: row[name] for name in row if not same(row[name], wanted[name])} == {}
+    assert float(rows[0]["spec.sampler.step_size"]) == STEP
+
+
+def test_results_table_to_a_file(run, tmp_path):
+    run("results", "--output", str(tmp_path / "table.txt"))
+    assert (tmp_path / "table.txt").read_text() == run("results").out
+
+
+def test_verify(run, store, tmp_path):
+    count = len(TARGETS) + len(RUNS) + len(SPECS) + 1
+    result = run("verify")
+    assert (result.status, result.out) == (0, f"{count} artifacts checked, 0 damaged, in {store.uri}\n")
+
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", store.uri, copy], check=True)
+    spec = SPECS[1]
+    damaged = Path(Store(str(copy)).url(run_address(spec.target_id, spec.run_id), "trace.npz"))
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    result = run("verify", store_uri=str(copy))
+    assert result.status == 1
+    first, last = result.out.splitlines()
+    assert first.startswith(f"damaged: run {spec.run_id}: ")
+    assert str(damaged) in first
+    assert "compute it again" in first
+    assert last == f"{count} artifacts checked, 1 damaged, in {copy}"
+    damaged.unlink()
+    assert run("verify", store_uri=str(copy)).status == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["show", "run_0000000000000000"], ["fits none", "`lambda-hat ls` lists all"]),
+        (["show", "run_"], [*RUNS, "must fit one artifact", "`lambda-hat ls`"]),
+        (["show", "nonsense"], ["got 'nonsense'", "`lambda-hat ls` lists the ids"]),
+        (["show", "run_../../etc"], ["got 'run_../../etc'", "`lambda-hat ls` lists the ids"]),
+        (["show", ""], ["got ''", "`lambda-hat ls` lists the ids"]),
+        (["results", "--format", "parquet"], ["needs --output FILE", "Add --output results.parquet"]),
+        (["results", "--output", "no/such/folder/x"], ["--output must name a file", "no/such/folder/x"]),
+        (["results", "--format", "parquet", "--output", "no/such/x"], ["--output must name a file", "no/such/x"]),
+        (["ls", "--settings", "absent.toml"], ["absent.toml", "Give the path of a settings.toml"]),
+    ],
+)
+def test_refused(run, arguments, words):
+    result = run(*arguments)
+    assert (result.status, result.out) == (2, "")
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") == 1
+    assert all(word in result.err for word in words), result.err
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("nothing://here", ["got 'nothing://here'", "Use a local path or s3://bucket/folder"]),
+        ("s3://", ["got 's3://'", "use a path like ./artifacts"]),
+        ("", ["got ''", "use a path like ./artifacts"]),
+        ("settings.toml", ["got 'settings.toml', which is a file", "name another path"]),
+    ],
+)
+@pytest.mark.parametrize("command", [["ls"], ["show", "run_"], ["results"], ["verify"]], ids=lambda command: command[0])
+def test_bad_store_is_refused(run, command, uri, words):
+    result = run(*command, store_uri=uri)
+    assert (result.status, result.out) == (2, "")
+    assert result.err.startswith("error: ")
+    assert all(word in result.err for word in words), result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["ls", "diagnoses"], "a kind is one of targets, runs, sweeps; got 'diagnoses'"),
+        (["results", "--format", "xml"], "'xml' (choose from"),
+        (["destroy"], "'destroy' (choose from"),
+        (["show"], "required: ID"),
+        (["ls", "--jason"], "unrecognized arguments: --jason"),
+        ([], "required: COMMAND"),
+    ],
+)
+def test_malformed_command(run, arguments, word):
+    result = run(*arguments, store_uri=None)
+    assert (result.status, result.out) == (2, "")
+    assert word in result.err
+
+
+def test_empty_store(run, tmp_path):
+    empty = str(tmp_path / "empty")
+    assert run("ls", store_uri=empty).out.split() == [
+        word for kind in ("targets", "runs", "sweeps") for word in (kind, "(0)", "in", empty)
+    ]
+    assert json.loads(run("ls", "--json", store_uri=empty).out) == {"targets": [], "runs": [], "sweeps": []}
+    assert run("results", store_uri=empty).out == f"no results in {empty}; python flows/sweep.py makes some\n"
+    assert json.loads(run("results", "--format", "json", store_uri=empty).out) == []
+    assert run("results", "--format", "csv", store_uri=empty).out == "id,target_id,created_at\n"
+    assert run("verify", store_uri=empty).out == f"0 artifacts checked, 0 damaged, in {empty}\n"
+    result = run("show", RUNS[0], store_uri=empty)
+    assert result.status == 2
+    assert f"must fit one artifact in {empty}" in result.err
+    assert not Path(empty).exists()
+
+
+def test_store_of_the_settings(run, store, tmp_path, monkeypatch):
+    assert (
+        run("results", store_uri=None).out == f"no results in {tmp_path / 'default store'}; python flows/sweep.py makes some\n"
+    )
+    other = tmp_path / "other.toml"
+    other.write_text(f'[store]\nuri = "{store.uri}"\n')
+    assert run("results", "--settings", str(other), store_uri=None).out == run("results").out
+    monkeypatch.setenv("LAMBDA_HAT_STORE__URI", store.uri)
+    assert run("results", store_uri=None).out == run("results").out
+
+
+@pytest.mark.parametrize("command", [[], ["ls"], ["show"], ["results"], ["verify"]], ids=lambda command: " ".join(command))
+def test_help(run, command):
+    result = run(*command, "--help", store_uri=None)
+    assert (result.status, result.err) == (0, "")
+    assert result.out.startswith(f"usage: {' '.join(['lambda-hat', *command])} [-h]")
+    assert ("--store URI" in result.out) == bool(command)
+
+
+def test_version_and_entry_point(run):
+    from lambda_hat import __version__
+
+    assert run("--version", store_uri=None).out == f"{__version__}\n"
+    (script,) = entry_points(group="console_scripts", name="lambda-hat")
+    assert script.load() is main
+
+
+def test_a_reader_that_stops_early_is_no_error(store):
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from lambda_hat.cli import main; sys.exit(main())",
+        "ls",
+        "--store",
+        store.uri,
+    ]
+    # Python's buffer delays the failure to the end of short output.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
