@@ -27,20 +27,22 @@ def _sample(spec, **options):
 @case
 @pytest.mark.parametrize("kill_at", [1, 3])
 def test_resumed_is_uninterrupted(case, kill_at, monkeypatch):
-    """Killed after any checkpoint and continued, bit for bit."""
+    """Killed after its first chunk or a later one and continued from the last checkpoint, bit for bit."""
     monkeypatch.setattr(chunks, "CHUNK_SECONDS", 0.01)
     thin = CASES[case][1].get("num_steps_bw_draws", 1)
     spec = spec_of(case, num_draws=200, num_burnin_steps=100 * thin)
     whole = _sample(spec)
     saved: list[Checkpoint] = []
 
-    def save(checkpoint: Checkpoint) -> None:
-        saved.append(checkpoint)
-        if len(saved) == kill_at:
+    reports = []
+
+    def progress(*report) -> None:
+        reports.append(report)
+        if len(reports) == kill_at:
             raise _Killed
 
     with pytest.raises(_Killed):
-        _sample(spec, save=save)
+        _sample(spec, save=saved.append, progress=progress)
     reached = saved[-1].draws["loss_difference"].shape[1]
     assert 0 < reached < spec.num_burnin_draws + spec.num_draws
     resumed = _sample(spec, resume=saved[-1])
