@@ -29,7 +29,7 @@ def on_interrupt(signum: int, frame: Any) -> None:
     """For SIGINT: running tasks end with their current chunk; with the embedded server, everything ends at once."""
     if get_current_settings().api.url is None:
         # The same Ctrl-C has ended the embedded server, and Prefect would try for minutes to send it its last events.
-        # Nothing is lost: artifacts are published whole, and sampling has a checkpoint of its last chunk.
+        # Nothing is lost: artifacts are published whole, and sampling has a recent checkpoint.
         print(STOPPED, file=sys.stderr, flush=True)
         SubprocessASGIServer().stop()
         os._exit(130)

@@ -14,12 +14,12 @@ import jax
 import numpy as np
 from pydantic import TypeAdapter
 
-from lambda_hat.arrays import SEPARATOR, flatten, pack_arrays, unflatten, unpack_arrays
+from lambda_hat.arrays import flatten, pack_arrays, unflatten, unpack_arrays
 from lambda_hat.chunks import Progress, no_progress
 from lambda_hat.manifest import ArtifactError, Manifest, diagnosis_address, run_address, sweep_address, target_address
 from lambda_hat.plan import spec_from_json
 from lambda_hat.run import RunSpec
-from lambda_hat.sampling import FIELDS, Checkpoint, Trace, sample
+from lambda_hat.sampling import Checkpoint, Trace, sample
 from lambda_hat.spec import InvalidInput, content_id
 from lambda_hat.store import Store
 from lambda_hat.target import Dataset, Target, TargetSpec
@@ -167,21 +167,14 @@ def _made_with() -> dict[str, str]:
 
 
 def _pack_checkpoint(checkpoint: Checkpoint) -> bytes:
-    arrays = {f"leaf::{index}": leaf for index, leaf in enumerate(checkpoint.leaves)}
-    arrays |= {f"draws::{name}": draws for name, draws in checkpoint.draws.items()}
-    arrays |= {f"seconds::{name}": np.asarray(value) for name, value in checkpoint.seconds.items()}
-    return pack_arrays(arrays)
+    leaves = {str(index): leaf for index, leaf in enumerate(checkpoint.leaves)}
+    return pack_arrays(flatten({"leaf": leaves, "draws": checkpoint.draws, "seconds": checkpoint.seconds}))
 
 
 def _load_checkpoint(store: Store, spec: RunSpec) -> Checkpoint | None:
     content = store.load_checkpoint(run_address(spec.target_id, spec.run_id))
     if content is None:
         return None
-    groups: dict[str, dict[str, np.ndarray]] = {"leaf": {}, "draws": {}, "seconds": {}}
-    for key, array in unpack_arrays(content).items():
-        group, name = key.split(SEPARATOR)
-        groups[group][name] = array
+    groups = unflatten(unpack_arrays(content))
     leaves = [groups["leaf"][str(index)] for index in range(len(groups["leaf"]))]
-    return Checkpoint(
-        leaves, {name: groups["draws"][name] for name in FIELDS}, {name: float(x) for name, x in groups["seconds"].items()}
-    )
+    return Checkpoint(leaves, groups["draws"], {name: float(value) for name, value in groups["seconds"].items()})

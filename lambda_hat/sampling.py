@@ -165,7 +165,7 @@ def _sample(
 ) -> Trace:
     began, compiled = time.perf_counter(), compile_clock.seconds
     program = _program(objective, sampler.static())
-    nbeta = posterior.resolve_nbeta(next(iter(dataset.samples.values())).shape[0])
+    nbeta = posterior.resolve_nbeta(dataset.num_data)
     params_star, dataset = jax.device_put((params_star, dataset))
     inputs = _Inputs(
         params_star, dataset, program.star_losses(params_star, dataset),

@@ -54,14 +54,18 @@ class Dataset(NamedTuple):
     samples: Arrays
     constants: Arrays
 
+    @property
+    def num_data(self) -> int:
+        """Number of samples n."""
+        return next(iter(self.samples.values())).shape[0]
+
     def take(self, indices: jax.Array) -> Dataset:
         """The minibatch of the samples at `indices`, shape (B,)."""
         return Dataset({name: array[indices] for name, array in self.samples.items()}, self.constants)
 
     def chunks(self, size: int) -> Iterator[Dataset]:
         """The samples in order, `size` at a time."""
-        n = next(iter(self.samples.values())).shape[0]
-        for start in range(0, n, size):
+        for start in range(0, self.num_data, size):
             part = {name: array[start : start + size] for name, array in self.samples.items()}
             yield Dataset(part, self.constants)
 

@@ -52,13 +52,13 @@ def _program(spec: TrainingSpec, objective: Objective) -> tuple[Callable, Callab
         start: jax.Array,
         count: jax.Array,
     ) -> Any:
-        n = next(iter(dataset.samples.values())).shape[0]
-
         def step(index: jax.Array, carry: Any) -> Any:
             params, state, losses = carry
             batch = dataset
             if spec.batch_size is not None:
-                batch = dataset.take(jax.random.randint(jax.random.fold_in(key, index), (spec.batch_size,), 0, n))
+                batch = dataset.take(
+                    jax.random.randint(jax.random.fold_in(key, index), (spec.batch_size,), 0, dataset.num_data)
+                )
             loss, gradient = jax.value_and_grad(mean_loss)(params, batch)
             rate = learning_rate
             if spec.schedule == "cosine":
