@@ -15,7 +15,7 @@ from flows.progress import log_progress
 from lambda_hat import artifacts, report
 from lambda_hat.manifest import ArtifactError, diagnosis_address, run_address, sweep_address, target_address
 from lambda_hat.plan import make_plan
-from lambda_hat.run import RunSpec, labels
+from lambda_hat.run import RunSpec, batches, labels
 from lambda_hat.runtime import configure
 from lambda_hat.settings import Settings
 from lambda_hat.spec import InvalidInput
@@ -29,9 +29,11 @@ def build_target(artifact_id: str, label: str, spec: dict[str, Any], place: Plac
 
 
 @artifact_task(name="sample", task_run_name="sample {label}")
-def sample(artifact_id: str, label: str, spec: dict[str, Any], place: Place) -> dict[str, Any]:
+def sample(artifact_id: str, label: str, specs: list[dict[str, Any]], place: Place) -> list[dict[str, Any]]:
+    """A batch: runs that one program can sample together."""
     settings, store = open_place(place)
-    return artifacts.sample_run(RunSpec.from_dict(spec), store, log_progress(settings)).summary
+    manifests = artifacts.sample_batch([RunSpec.from_dict(spec) for spec in specs], store, log_progress(settings))
+    return [manifest.summary for manifest in manifests]
 
 
 @artifact_task(name="diagnose", task_run_name="diagnose {label}")
@@ -80,27 +82,31 @@ def sweep(
             task = build_target.with_options(refresh_cache=not store.exists(target_address(spec.target_id)))
             targets[spec.target_id] = task.submit(spec.target_id, target, spec.model_dump(mode="json"), place)
     exists = [[store.exists(at(spec.target_id, spec.run_id)) for at in (run_address, diagnosis_address)] for spec in specs]
-    samples: dict[PrefectFuture[Any], int] = {}
-    for index, spec in enumerate(specs):
-        task = sample.with_options(refresh_cache=not exists[index][0])
-        samples[task.submit(*arguments(index), wait_for=[targets[spec.target_id]])] = index
+    samples: dict[PrefectFuture[Any], list[int]] = {}
+    for batch in batches(specs):
+        runs = [specs[index] for index in batch]
+        label = " by ".join(names[batch[0]]) + (f" and {len(batch) - 1} more" if len(batch) > 1 else "")
+        task = sample.with_options(refresh_cache=not all(exists[index][0] for index in batch))
+        content = [spec.model_dump(mode="json") for spec in runs]
+        submitted = task.submit(artifacts.sweep_id(runs), label, content, place, wait_for=[targets[runs[0].target_id]])
+        samples[submitted] = batch
     rows: dict[int, dict[str, Any]] = {}
     # Each run is diagnosed here as soon as it is sampled; queued, its diagnosis would come after all sampling.
     for sampled in as_completed(list(samples)):
-        index = samples[sampled]
-        steps = [targets[specs[index].target_id], sampled]
-        for future in steps:
-            future.wait()  # until then it asks the server, which may not know yet
-        states = [future.state for future in steps]
-        if states[-1].is_completed():
-            task = diagnose.with_options(refresh_cache=not exists[index][1])
-            states.append(task(*arguments(index), return_state=True))
-        if states[-1].is_completed():
-            status = "cached" if all(exists[index]) else "computed"
-            rows[index] = report.row(names[index], specs[index], status, states[-1].result())
-        else:
-            rows[index] = report.row(names[index], specs[index], "failed", None, reason(states))
-        logger.info("%s by %s: %s", *names[index], rows[index]["status"])
+        for index in samples[sampled]:
+            steps = [targets[specs[index].target_id], sampled]
+            for future in steps:
+                future.wait()  # until then it asks the server, which may not know yet
+            states = [future.state for future in steps]
+            if states[-1].is_completed():
+                task = diagnose.with_options(refresh_cache=not exists[index][1])
+                states.append(task(*arguments(index), return_state=True))
+            if states[-1].is_completed():
+                status = "cached" if all(exists[index]) else "computed"
+                rows[index] = report.row(names[index], specs[index], status, states[-1].result())
+            else:
+                rows[index] = report.row(names[index], specs[index], "failed", None, reason(states))
+            logger.info("%s by %s: %s", *names[index], rows[index]["status"])
     return _publish(specs, [rows[index] for index in range(len(specs))], store)
 
 

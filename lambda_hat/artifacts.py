@@ -5,9 +5,10 @@ Every step computes only what the store does not hold, so calling it again, in a
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 
 import jax
@@ -16,74 +17,138 @@ from pydantic import TypeAdapter
 
 from lambda_hat.arrays import flatten, pack_arrays, unflatten, unpack_arrays
 from lambda_hat.chunks import Progress, no_progress
-from lambda_hat.manifest import ArtifactError, Manifest, diagnosis_address, run_address, sweep_address, target_address
+from lambda_hat.manifest import (
+    DIAGNOSIS_VERSION,
+    Address,
+    ArtifactError,
+    Manifest,
+    diagnosis_address,
+    run_address,
+    sweep_address,
+    target_address,
+)
 from lambda_hat.plan import spec_from_json
-from lambda_hat.run import RunSpec
-from lambda_hat.sampling import Checkpoint, Trace, sample
+from lambda_hat.posterior import num_selected, select
+from lambda_hat.run import RunSpec, labels
+from lambda_hat.sampling import Checkpoint, Run, Trace, sample_runs
 from lambda_hat.spec import InvalidInput, content_id
 from lambda_hat.store import Store
-from lambda_hat.target import Dataset, Target, TargetSpec
+from lambda_hat.target import Dataset, Target, TargetSpec, Unfinished, metrics_at
 from lambda_hat.targets import AnyTargetSpec
 
 
 def build_target(spec: TargetSpec, store: Store, progress: Progress = no_progress) -> Manifest:
-    """Builds the target, or finds it: params.npz, samples.npz, constants.npz, history.npz, and its metrics as summary."""
+    """Builds the target, or finds it: its arrays as .npz files (docs/storage.md), and its metrics as summary.
+
+    Interrupted training goes on from where it was saved last and gives the numbers of an uninterrupted one.
+    """
     address = target_address(spec.target_id)
     if (manifest := store.manifest(address)) is not None:
+        store.clear_checkpoint(address)
         return manifest
-    target = spec.build(progress)
+    target = spec.build(
+        progress, _load_unfinished(store, address),
+        lambda unfinished: store.save_checkpoint(address, _pack_unfinished(unfinished)),
+    )  # fmt: skip
     arrays = {
         "params": flatten(target.params_star),
         "samples": target.dataset.samples,
         "constants": target.dataset.constants,
         "history": target.history,
+        "observables": flatten({name: dataset.samples for name, dataset in target.observables.items()}),
     }
+    arrays |= {_checkpoint_name(step): flatten(params) for step, params in target.checkpoints.items()}
     files = {
         f"{name}.npz": pack_arrays({key: np.asarray(array) for key, array in group.items()}) for name, group in arrays.items()
     }
-    return store.publish(
-        address, files, spec=spec.model_dump(mode="json"), summary=target.metrics | {"made_with": _made_with()}
-    )
+    # Which checkpoint is sampled is no part of the target.
+    content = spec.model_copy(update={"checkpoint": None}).model_dump(mode="json")
+    manifest = store.publish(address, files, spec=content, summary=target.metrics | {"made_with": _made_with()})
+    store.clear_checkpoint(address)
+    return manifest
 
 
-def load_target(store: Store, target_id: str) -> Target:
-    """Reads a target back.
+def load_target(store: Store, target_id: str, checkpoint: int | None = None) -> Target:
+    """Reads a target back: with params_star and the metrics at `checkpoint` (a training step) where one is given.
 
     Raises:
       ArtifactError: it is not in the store, or its bytes have changed.
+      InvalidInput: it has no such checkpoint.
     """
     address = target_address(target_id)
     manifest = store.manifest(address)
     if manifest is None:
         raise ArtifactError(f"A target must be built before it is sampled; {target_id} is not in {store.uri}. Run the sweep.")
+    metrics = metrics_at(manifest.summary, checkpoint)
     spec: TargetSpec = TypeAdapter(AnyTargetSpec).validate_json(json.dumps(manifest.spec), strict=True)
-    params, samples, constants, history = (
-        unpack_arrays(store.read(address, f"{name}.npz")) for name in ("params", "samples", "constants", "history")
-    )
-    return Target(spec, unflatten(params), Dataset(samples, constants), manifest.summary, history)
+    parts = ("params" if checkpoint is None else _checkpoint_name(checkpoint), "samples", "constants", "history", "observables")
+    params, samples, constants, history, observables = (unpack_arrays(store.read(address, f"{part}.npz")) for part in parts)
+    return Target(
+        spec.model_copy(update={"checkpoint": checkpoint}), unflatten(params), Dataset(samples, constants), metrics, history,
+        {name: Dataset(observed, constants) for name, observed in unflatten(observables).items()},
+    )  # fmt: skip
 
 
-def sample_run(spec: RunSpec, store: Store, progress: Progress = no_progress) -> Manifest:
-    """Samples the run, or finds it: trace.npz, and its work and time as summary.
+def sample_batch(specs: Sequence[RunSpec], store: Store, progress: Progress = no_progress) -> list[Manifest]:
+    """Samples a batch (`lambda_hat.run.batches`) in one program, or finds its runs: each one's draws as trace.npz, its work and
+    time as summary.
 
     Interrupted sampling goes on from its last checkpoint and gives the numbers of an uninterrupted run.
     """
-    address = run_address(spec.target_id, spec.run_id)
-    if (manifest := store.manifest(address)) is not None:
+    addresses = [run_address(spec.target_id, spec.run_id) for spec in specs]
+    manifests = [store.manifest(address) for address in addresses]
+    missing = [index for index, manifest in enumerate(manifests) if manifest is None]
+    checkpoints = {index: _load_checkpoint(store, addresses[index]) for index in missing}
+    target = load_target(store, specs[0].target_id, specs[0].target.checkpoint) if missing else None
+    for indices, lanes in _resumable(checkpoints):
+        assert target is not None  # it is read where runs are missing
+        saved = [checkpoint for index in indices if (checkpoint := checkpoints[index]) is not None]
+        traces = sample_runs(
+            specs[0].target.objective(), target.params_star, target.dataset,
+            [Run(specs[index].posterior, specs[index].sampler) for index in indices],
+            metric=specs[0].metric, observables=target.observables, resume=saved or None, lanes=lanes, progress=progress,
+            save=functools.partial(_save_checkpoints, store, [addresses[index] for index in indices]),
+        )  # fmt: skip
+        for index, trace in zip(indices, traces, strict=True):
+            manifests[index] = _publish_run(specs[index], trace, store)
+    for address in addresses:
         store.clear_checkpoint(address)
-        return manifest
-    target = load_target(store, spec.target_id)
-    trace = sample(
-        spec.target.objective(), target.params_star, target.dataset, spec.posterior, spec.sampler,
-        resume=_load_checkpoint(store, spec), progress=progress,
-        save=lambda checkpoint: store.save_checkpoint(address, _pack_checkpoint(checkpoint)),
-    )  # fmt: skip
-    summary = {"fge": spec.fge, "seconds": trace.seconds, "nbeta": spec.nbeta, "made_with": _made_with()}
-    manifest = store.publish(
+    return [manifest for manifest in manifests if manifest is not None]
+
+
+def _publish_run(spec: RunSpec, trace: Trace, store: Store) -> Manifest:
+    summary = {
+        "fge": float(np.sum(trace.draws["work"], dtype=np.float64)), "seconds": trace.seconds, "nbeta": spec.nbeta,
+        "observables": trace.observables, "made_with": _made_with(),
+    }  # fmt: skip
+    address = run_address(spec.target_id, spec.run_id)
+    return store.publish(
         address, {"trace.npz": pack_arrays(trace.draws)}, spec=spec.model_dump(mode="json"), summary=summary
     )
-    store.clear_checkpoint(address)
-    return manifest
+
+
+def _save_checkpoints(store: Store, addresses: Sequence[Address], checkpoints: Sequence[Checkpoint]) -> None:
+    for address, checkpoint in zip(addresses, checkpoints, strict=True):
+        store.save_checkpoint(address, _pack_checkpoint(checkpoint))
+
+
+def _resumable(checkpoints: Mapping[int, Checkpoint | None]) -> Iterator[tuple[list[int], tuple[list[int], int]]]:
+    """Runs that can go on together, with their lanes: those saved at the same draw, in the lanes they had, and those never saved.
+
+    A kill between two runs' checkpoints leaves some unsaved; these start again among as many lanes as the others.
+    """
+    saved = [checkpoint for checkpoint in checkpoints.values() if checkpoint is not None]
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, checkpoint in checkpoints.items():
+        place = (0, 0) if checkpoint is None else (checkpoint.num_draws, checkpoint.num_lanes)
+        groups.setdefault(place, []).append(index)
+    for (_, num_lanes), indices in groups.items():
+        if num_lanes:
+            yield indices, ([checkpoints[index].lane for index in indices], num_lanes)  # type: ignore[union-attr]
+        else:
+            taken = {checkpoint.lane for checkpoint in saved}
+            total = max([len(indices) + len(taken), *(checkpoint.num_lanes for checkpoint in saved)])
+            yield indices, ([lane for lane in range(total) if lane not in taken][: len(indices)], total)
 
 
 def load_trace(store: Store, spec: RunSpec) -> Trace:
@@ -96,7 +161,7 @@ def load_trace(store: Store, spec: RunSpec) -> Trace:
     draws = unpack_arrays(store.read(address, "trace.npz"))
     manifest = store.manifest(address)
     assert manifest is not None  # it was just read
-    return Trace(draws, spec.sampler.num_burnin_draws, manifest.summary["seconds"])
+    return Trace(draws, spec.sampler.num_burnin_draws, manifest.summary["seconds"], manifest.summary["observables"])
 
 
 def find_run_spec(store: Store, text: str) -> RunSpec:
@@ -113,7 +178,7 @@ def find_run_spec(store: Store, text: str) -> RunSpec:
 
 
 def diagnose_run(spec: RunSpec, store: Store) -> Manifest:
-    """Diagnoses the run, or finds its diagnosis: result.json (also the summary) and the run's plots."""
+    """Diagnoses the run, or finds its diagnosis of this version: result.json (also the summary) and the run's plots."""
     from lambda_hat.diagnostics import diagnose
     from lambda_hat.plots import RUN_PLOTS, save_png
 
@@ -121,44 +186,73 @@ def diagnose_run(spec: RunSpec, store: Store) -> Manifest:
     if (manifest := store.manifest(address)) is not None:
         return manifest
     trace = load_trace(store, spec)
-    target = store.manifest(target_address(spec.target_id))
-    assert target is not None  # the run was sampled from it
-    diagnosis = diagnose(spec, trace, target.summary)
+    target = load_target(store, spec.target_id, spec.target.checkpoint)
+    moving = num_selected(target.params_star, select(target.params_star, spec.posterior.parameters))
+    metrics = target.metrics | {"num_params": moving}
+    if moving < target.metrics["num_params"] or spec.target.checkpoint is not None:
+        metrics["true_llc"] = None  # it is of all parameters, at w*
+    diagnosis = diagnose(spec, trace, metrics)
     result = diagnosis.to_dict()
     files = {"result.json": json.dumps(result, indent=1).encode()}
-    files |= {f"{name}.png": save_png(plot(spec, trace, diagnosis)) for name, plot in RUN_PLOTS.items()}
+    files |= {
+        f"{name}.png": save_png(figure) for name, plot in RUN_PLOTS.items() if (figure := plot(spec, trace, diagnosis)) is not None
+    }
     return store.publish(address, files, spec=spec.model_dump(mode="json"), summary=result)
 
 
 def sweep_id(specs: Sequence[RunSpec]) -> str:
-    return content_id("swp", sorted({spec.run_id for spec in specs}))
+    """Of the comparison of these runs by this version of the diagnosis."""
+    return content_id("swp", {"diagnosis_version": DIAGNOSIS_VERSION, "run_ids": sorted({spec.run_id for spec in specs})})
 
 
 def publish_sweep(specs: Sequence[RunSpec], store: Store) -> Manifest:
-    """Publishes the comparison of finished runs, or finds it: each target's plots over its runs, and results.json.
+    """Publishes the comparison of finished runs, or finds it: each target's plots over its runs and those over all targets,
+    results.json, and report.html.
 
     Raises:
       ArtifactError: a run or its diagnosis is damaged.
     """
     from lambda_hat.diagnostics import Diagnosis
-    from lambda_hat.plots import TARGET_PLOTS, save_png
+    from lambda_hat.html import ReportRun, ReportTarget, sweep_report
+    from lambda_hat.plots import SWEEP_PLOTS, TARGET_PLOTS, save_png
 
     address = sweep_address(sweep_id(specs))
     if (manifest := store.manifest(address)) is not None:
         return manifest
-    files: dict[str, bytes] = {}
-    results = []
-    by_target = itertools.groupby(sorted(specs, key=lambda spec: spec.target_id), lambda spec: spec.target_id)
-    for target_id, runs_of_target in by_target:
-        runs = []
-        for spec in runs_of_target:
-            result = store.read(diagnosis_address(target_id, spec.run_id), "result.json")
-            runs.append((spec, load_trace(store, spec), Diagnosis.model_validate_json(result)))
+    named = sorted(zip(labels(specs), specs, strict=True), key=lambda run: run[1].target_id)
+    runs: list[ReportRun] = []
+    targets: dict[str, ReportTarget] = {}
+    results, made_at = [], ""
+    for target_id, of_target in itertools.groupby(named, lambda run: run[1].target_id):
+        compared = []
+        for label, spec in of_target:
+            at = diagnosis_address(target_id, spec.run_id)
+            result = store.read(at, "result.json")
+            diagnosed = store.manifest(at)
+            assert diagnosed is not None  # it was just read
+            pngs = {name: store.read(at, f"{name}.png") for name in _pngs(diagnosed)}
+            diagnosis = Diagnosis.model_validate_json(result)
+            compared.append((spec, load_trace(store, spec), diagnosis))
+            runs.append(ReportRun(label, spec, diagnosis, pngs))
             results.append({"target_id": target_id, "run_id": spec.run_id} | json.loads(result))
-        files |= {f"{name}-{target_id}.png": save_png(plot(runs)) for name, plot in TARGET_PLOTS.items()}
+            made_at = max(made_at, diagnosed.created_at)
+        figures = {name: figure for name, plot in TARGET_PLOTS.items() if (figure := plot(compared)) is not None}
+        target = store.manifest(target_address(target_id))
+        assert target is not None  # its runs were diagnosed with it
+        targets[target_id] = ReportTarget(target.summary, {name: save_png(figure) for name, figure in figures.items()})
+    pairs = [(run.spec, run.diagnosis) for run in runs]
+    over_all = {name: save_png(figure) for name, plot in SWEEP_PLOTS.items() if (figure := plot(pairs)) is not None}
+    files = {f"{name}-{target_id}.png": png for target_id, target in targets.items() for name, png in target.plots.items()}
+    files |= {f"{name}.png": png for name, png in over_all.items()}
     files["results.json"] = json.dumps(results, indent=1).encode()
+    files["report.html"] = sweep_report(address.id, runs, targets, over_all, made_at[:16].replace("T", " ")).encode()
     summary = {"num_runs": len(specs)}
     return store.publish(address, files, spec={"run_ids": sorted(spec.run_id for spec in specs)}, summary=summary)
+
+
+def _pngs(manifest: Manifest) -> list[str]:
+    """Names of its plots."""
+    return [file.name.removesuffix(".png") for file in manifest.files if file.name.endswith(".png")]
 
 
 def _made_with() -> dict[str, str]:
@@ -168,13 +262,35 @@ def _made_with() -> dict[str, str]:
 
 def _pack_checkpoint(checkpoint: Checkpoint) -> bytes:
     leaves = {str(index): leaf for index, leaf in enumerate(checkpoint.leaves)}
-    return pack_arrays(flatten({"leaf": leaves, "draws": checkpoint.draws, "seconds": checkpoint.seconds}))
+    return pack_arrays(flatten(checkpoint._asdict() | {"leaves": leaves}))
 
 
-def _load_checkpoint(store: Store, spec: RunSpec) -> Checkpoint | None:
-    content = store.load_checkpoint(run_address(spec.target_id, spec.run_id))
+def _load_checkpoint(store: Store, address: Address) -> Checkpoint | None:
+    content = store.load_checkpoint(address)
+    if content is None:
+        return None
+    groups = unflatten(unpack_arrays(content))
+    leaves = [groups["leaves"][str(index)] for index in range(len(groups["leaves"]))]
+    seconds = {name: float(value) for name, value in groups["seconds"].items()}
+    return Checkpoint(leaves, groups["draws"], seconds, int(groups["lane"]), int(groups["num_lanes"]))
+
+
+def _checkpoint_name(step: int) -> str:
+    """Of a training checkpoint's file: each is read alone."""
+    return f"params-{step}"
+
+
+def _pack_unfinished(unfinished: Unfinished) -> bytes:
+    leaves = {str(index): leaf for index, leaf in enumerate(unfinished.leaves)}
+    checkpoints = {str(step): params for step, params in unfinished.checkpoints.items()}
+    return pack_arrays(flatten({"step": unfinished.step, "leaf": leaves, "checkpoints": checkpoints}))
+
+
+def _load_unfinished(store: Store, address: Address) -> Unfinished | None:
+    content = store.load_checkpoint(address)
     if content is None:
         return None
     groups = unflatten(unpack_arrays(content))
     leaves = [groups["leaf"][str(index)] for index in range(len(groups["leaf"]))]
-    return Checkpoint(leaves, groups["draws"], {name: float(value) for name, value in groups["seconds"].items()})
+    checkpoints = {int(step): params for step, params in groups.get("checkpoints", {}).items()}
+    return Unfinished(int(groups["step"]), leaves, checkpoints)

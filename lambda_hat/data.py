@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
+import os
+from pathlib import Path
+from typing import Literal, Self
+
 import numpy as np
+from pydantic import Field, model_validator
+
+from lambda_hat.spec import InvalidInput
+from lambda_hat.target import DataSpec
+
+Inputs = Literal["gauss_iso", "gauss_aniso", "mixture", "lowdim_manifold", "heavy_tail"]
+Noise = Literal["gauss", "hetero", "student_t", "outliers"]
 
 
 def normal(seed: tuple[int, int], shape: tuple[int, ...], scale: float = 1.0) -> np.ndarray:
@@ -14,14 +27,131 @@ def normal(seed: tuple[int, int], shape: tuple[int, ...], scale: float = 1.0) ->
     return scale * np.random.default_rng(seed).standard_normal(shape)
 
 
-def digits(n_data: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """scikit-learn's bundled handwritten digits, shuffled and split: (x, y, x_test, y_test).
+class RegressionData(DataSpec):
+    """Inputs x and label noise of a regression; labels are f(x) + noise with the target's own f."""
 
-    x: (n_data, 64) pixels scaled to [0, 1]; y: (n_data,) labels 0-9, int32; the rest of the 1797 images are the test set.
+    input_dim: int = Field(8, ge=1, description="dimension of the inputs")
+    output_dim: int = Field(1, ge=1, description="dimension of the outputs")
+    inputs: Inputs = Field("gauss_iso", description="distribution of the inputs")
+    cov_decay: float = Field(0.8, gt=0, le=1, description="of gauss_aniso: the variance of coordinate i is cov_decay^i")
+    num_components: int = Field(4, ge=1, description="of mixture: unit Gaussians around this many centres")
+    separation: float = Field(3.0, ge=0, description="of mixture: the centres are N(0, separation^2 I)")
+    manifold_dim: int = Field(2, ge=1, description="of lowdim_manifold: dimension of the random subspace the inputs lie in")
+    tail_df: float = Field(4.0, gt=2, description="of heavy_tail: degrees of freedom of Student's t, at unit variance")
+    noise: Noise = Field("gauss", description="distribution of the label noise")
+    noise_scale: float = Field(0.1, ge=0, description="standard deviation of the label noise (outliers: of the other samples)")
+    noise_df: float = Field(4.0, gt=2, description="of student_t: degrees of freedom")
+    outlier_fraction: float = Field(0.05, gt=0, lt=1, description="of outliers: share of the samples")
+    outlier_scale: float = Field(10.0, ge=1, description="of outliers: their noise over the others'")
+
+    @model_validator(mode="after")
+    def _fields_fit(self) -> Self:
+        owners = {
+            "cov_decay": "gauss_aniso", "num_components": "mixture", "separation": "mixture", "manifold_dim": "lowdim_manifold",
+            "tail_df": "heavy_tail", "noise_df": "student_t", "outlier_fraction": "outliers", "outlier_scale": "outliers",
+        }  # fmt: skip
+        for name, owner in owners.items():
+            value = getattr(self, name)
+            if owner not in (self.inputs, self.noise) and value != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is a field of {owner}; got {value} with inputs={self.inputs} and noise={self.noise}")
+        if self.inputs == "lowdim_manifold" and self.manifold_dim > self.input_dim:
+            raise ValueError(f"manifold_dim must be at most input_dim, {self.input_dim}; got {self.manifold_dim}")
+        return self
+
+
+def draw_inputs(spec: RegressionData, seed: int, stream: int, num_samples: int) -> np.ndarray:
+    """Inputs of the regression, (num_samples, input_dim), float64.
+
+    The mixture's centres and the subspace depend on `seed` alone; the samples on `seed` and `stream` (0 or 1).
+      gauss_iso: N(0, I).  gauss_aniso: N(0, diag(cov_decay^i)), i = 0, 1, ...
+      mixture: a centre drawn uniformly, plus N(0, I).
+      lowdim_manifold: A z with z ~ N(0, I) of manifold_dim, A's columns orthogonal, so long that |x|^2 averages input_dim.
+      heavy_tail: each coordinate Student's t, scaled to unit variance.
     """
+    shape = (num_samples, spec.input_dim)
+    rng = np.random.default_rng((seed, 2 * stream))
+    fixed = np.random.default_rng((seed, 4))
+    match spec.inputs:
+        case "gauss_iso":
+            return rng.standard_normal(shape)
+        case "gauss_aniso":
+            return rng.standard_normal(shape) * np.sqrt(spec.cov_decay ** np.arange(spec.input_dim))
+        case "mixture":
+            centres = spec.separation * fixed.standard_normal((spec.num_components, spec.input_dim))
+            return centres[rng.integers(spec.num_components, size=num_samples)] + rng.standard_normal(shape)
+        case "lowdim_manifold":
+            basis, _ = np.linalg.qr(fixed.standard_normal((spec.input_dim, spec.manifold_dim)))
+            z = rng.standard_normal((num_samples, spec.manifold_dim))
+            return np.sqrt(spec.input_dim / spec.manifold_dim) * z @ basis.T
+        case "heavy_tail":
+            return rng.standard_t(spec.tail_df, shape) * np.sqrt(1 - 2 / spec.tail_df)
+
+
+def draw_noise(spec: RegressionData, seed: int, stream: int, x: np.ndarray) -> np.ndarray:
+    """Label noise of the samples x, (num_samples, output_dim), float64.
+
+    gauss: N(0, noise_scale^2).  hetero: N(0, noise_scale^2 |x|^2 / input_dim), wider for inputs far from 0.
+    student_t: noise_scale times Student's t scaled to unit variance.
+    outliers: N(0, noise_scale^2), of a random outlier_fraction of the samples outlier_scale times as wide.
+    """
+    shape = (len(x), spec.output_dim)
+    rng = np.random.default_rng((seed, 2 * stream + 1))
+    match spec.noise:
+        case "gauss":
+            unit = rng.standard_normal(shape)
+        case "hetero":
+            unit = rng.standard_normal(shape) * np.sqrt(np.mean(np.square(x), axis=1, keepdims=True))
+        case "student_t":
+            unit = rng.standard_t(spec.noise_df, shape) * np.sqrt(1 - 2 / spec.noise_df)
+        case "outliers":
+            is_outlier = rng.random((len(x), 1)) < spec.outlier_fraction
+            unit = rng.standard_normal(shape) * np.where(is_outlier, spec.outlier_scale, 1.0)
+    return spec.noise_scale * unit
+
+
+def digits(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """scikit-learn's bundled handwritten digits, shuffled: x (1797, 64), pixels scaled to [0, 1]; y (1797,), int32."""
     from sklearn.datasets import load_digits
 
     x, y = load_digits(return_X_y=True)
     order = np.random.default_rng(seed).permutation(len(x))
-    x, y = x[order] / 16.0, y[order].astype(np.int32)
-    return x[:n_data], y[:n_data], x[n_data:], y[n_data:]
+    return x[order] / 16.0, y[order].astype(np.int32)
+
+
+#: Names a folder with Fashion-MNIST's files, where they are not Debian's.
+FASHION_MNIST_VARIABLE = "FASHION_MNIST_FOLDER"
+_FASHION_MNIST = {  # SHA-256 of the uncompressed files
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+
+
+def fashion_mnist(part: Literal["train", "t10k"]) -> tuple[np.ndarray, np.ndarray]:
+    """Fashion-MNIST (arXiv 1708.07747), in its own order: x (n, 784), pixels scaled to [0, 1], float32; y (n,), int32.
+
+    Args:
+      part: train, 60,000 images, or t10k, 10,000.
+
+    Raises:
+      InvalidInput: a file is not there, or is not Fashion-MNIST's.
+    """
+    images, labels = (_idx(f"{part}-{name}-ubyte") for name in ("images-idx3", "labels-idx1"))
+    x = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 784)
+    return x.astype(np.float32) / 255, np.frombuffer(labels, np.uint8, offset=8).astype(np.int32)
+
+
+def _idx(name: str) -> bytes:
+    folder = Path(os.environ.get(FASHION_MNIST_VARIABLE, "/usr/share/datasets/fashion-mnist"))
+    path = folder / f"{name}.gz"
+    if not path.is_file():
+        raise InvalidInput(
+            f"Fashion-MNIST's four .gz files must be in one folder; found no {path}. "
+            "`apt-get install dataset-fashion-mnist` installs them; if they are elsewhere, name the folder in the "
+            f"environment variable {FASHION_MNIST_VARIABLE}."
+        )
+    content = gzip.decompress(path.read_bytes())
+    if hashlib.sha256(content).hexdigest() != _FASHION_MNIST[name]:
+        raise InvalidInput(f"{path} must be Fashion-MNIST's, but its content is another's. Install the file again.")
+    return content

@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 from scipy.stats import chi2
 
+from lambda_hat import observables
 from lambda_hat.llc import (
     MIN_DRAWS,
     Estimate,
@@ -19,8 +20,11 @@ from lambda_hat.llc import (
     llc_draws,
     mcse,
     nbeta_sensitivity,
+    pareto_k,
     rhat,
 )
+from lambda_hat.observables import Measure
+from lambda_hat.remedies import remedies_for
 from lambda_hat.run import RunSpec
 from lambda_hat.sampling import Trace
 
@@ -42,6 +46,8 @@ MAX_RHAT = 1.01
 RHAT_QUANTILE = 0.999
 #: Standard errors from fewer effective draws are over a tenth of the posterior's own width and are themselves unreliable.
 MIN_ESS = 100
+#: Weights with a heavier tail than this cannot correct an approximation (Vehtari et al. 2024, arXiv 1507.02646).
+MAX_PARETO_K = 0.7
 #: Acceptance rates of 0.57 (MALA) and 0.65 (HMC) are optimal; here a Metropolis sampler has lost about half its efficiency.
 MIN_ACCEPTANCE = 0.4
 
@@ -55,6 +61,22 @@ class Finding(BaseModel):
     remedy: str
 
 
+class DatasetEstimate(BaseModel):
+    """What the draws say of one observable dataset D, with Monte Carlo standard errors.
+
+    llc: nbeta (E[L_D(w)] - L_D(w*)), dimensionless; negative where the posterior is better on D than w* is.
+    susceptibility: -Cov[L_n, L_D - L_n] (`lambda_hat.observables.susceptibilities`), nats^2.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    num_samples: int
+    llc: float
+    mcse: float | None
+    susceptibility: float | None
+    susceptibility_mcse: float | None
+
+
 class Diagnosis(Estimate):
     """The pooled estimate (`Estimate`'s fields, over the chains kept) with all that is said of it; None = no such number.
 
@@ -63,6 +85,11 @@ class Diagnosis(Estimate):
     rhat: rank-normalised split R-hat of the llc draws.
     true_llc: exact value as a number, true_llc_text: as a fraction. relative_error: (llc - true_llc) / true_llc.
     nbeta_sensitivity: d log(llc) / d log(nbeta), 0 where the loss and 1 where localisation shapes the posterior.
+    full_llc: the llc from losses on all the data, where a minibatch sampler evaluated them.
+    wbic, free_energy: in nats, of the localised model (`lambda_hat.observables`). singular_fluctuation: nu, dimensionless.
+    llc_by_dataset: of each observable that was followed.
+    pareto_k: k-hat of a variational approximation's importance weights, the worst chain's (Vehtari et al. 2024).
+    metrics: every number that was measured of the target and has no name of its own here: losses and accuracies.
     fge: work in full-data gradient equivalents, all chains, tuning and burn-in included. seconds: of sampling, the same.
     compile_seconds: of compiling, not part of seconds.
     ess_per_fge, ess_per_second: with ess_bulk. work_normalized_variance: mcse^2 fge, the same however long the run.
@@ -79,6 +106,17 @@ class Diagnosis(Estimate):
     relative_error: float | None
     nbeta_sensitivity: float | None
     nbeta_sensitivity_mcse: float | None
+    full_llc: float | None
+    full_llc_mcse: float | None
+    wbic: float | None
+    wbic_mcse: float | None
+    free_energy: float | None
+    free_energy_mcse: float | None
+    singular_fluctuation: float | None
+    singular_fluctuation_mcse: float | None
+    llc_by_dataset: dict[str, DatasetEstimate]
+    pareto_k: float | None
+    metrics: dict[str, float]
     init_loss: float | None
     num_params: int
     num_data: int
@@ -109,11 +147,15 @@ def diagnose(spec: RunSpec, trace: Trace, target_metrics: Mapping[str, Any]) -> 
     chains = tuple(estimate(trace, spec.nbeta, [c] if c in kept else []) for c in range(num_chains))
     pooled = estimate(trace, spec.nbeta, kept)
     llc = llc_draws(trace, spec.nbeta)[kept, trace.num_burnin_draws :]
-    sensitivity = nbeta_sensitivity(llc, spec.sampler.num_steps_bw_draws) if len(kept) else None
+    # A draw of a system of particles is their mean, whose variance is not that of the loss.
+    averaged = hasattr(spec.sampler, "num_particles")
+    sensitivity = nbeta_sensitivity(llc, spec.sampler.num_steps_bw_draws) if len(kept) and not averaged else None
     init_loss = target_metrics["init_loss"]
+    init_loss = init_loss if init_loss is not None and math.isfinite(init_loss) else None
     true_text = target_metrics.get("true_llc")
     true_llc = None if true_text is None else float(Fraction(true_text))
     seconds = trace.seconds["sampling"]
+    fge = float(np.nansum(trace.draws["work"], dtype=np.float64))
     numbers = Diagnosis(
         **dict(pooled),
         llc_per_chain=tuple(chain.llc for chain in chains),
@@ -126,24 +168,79 @@ def diagnose(spec: RunSpec, trace: Trace, target_metrics: Mapping[str, Any]) -> 
         relative_error=_ratio(None if pooled.llc is None or true_llc is None else pooled.llc - true_llc, true_llc),
         nbeta_sensitivity=None if sensitivity is None else sensitivity.value,
         nbeta_sensitivity_mcse=None if sensitivity is None else sensitivity.mcse,
-        init_loss=init_loss if init_loss is not None and math.isfinite(init_loss) else None,
+        **_beyond_llc(spec, trace, pooled, init_loss),
+        llc_by_dataset=_by_dataset(spec, trace),
+        pareto_k=None if (weights := observables.recorded(trace, "log_weight")) is None else max(map(pareto_k, weights)),
+        metrics=_other_metrics(target_metrics),
+        init_loss=init_loss,
         num_params=target_metrics["num_params"],
         num_data=target_metrics["num_data"],
         nbeta=spec.nbeta,
-        fge=spec.fge,
+        fge=fge,
         seconds=seconds,
         compile_seconds=trace.seconds["compile"],
-        ess_per_fge=_ratio(pooled.ess_bulk, spec.fge),
+        ess_per_fge=_ratio(pooled.ess_bulk, fge),
         ess_per_second=_ratio(pooled.ess_bulk, seconds),
-        work_normalized_variance=None if pooled.mcse is None else pooled.mcse**2 * spec.fge,
+        work_normalized_variance=None if pooled.mcse is None else pooled.mcse**2 * fge,
         verdict="ok",
         remedy="",
         findings=(),
     )
     verdicts = _verdicts(spec, trace, numbers)
-    remedies = _remedies(spec, numbers)
+    remedies = remedies_for(spec, star_is_finite=numbers.init_loss is not None)
     findings = tuple(Finding(verdict=name, remedy=remedy) for name, remedy in remedies.items() if name in verdicts)
     return numbers.model_copy(update={**dict(findings[0]), "findings": findings}) if findings else numbers
+
+
+def _beyond_llc(spec: RunSpec, trace: Trace, pooled: Estimate, init_loss: float | None) -> dict[str, float | None]:
+    """Fields of `Diagnosis` that need more than the llc's draws, each with its error; None where the trace has none of it."""
+    nbeta, num_data = spec.nbeta, spec.target.num_data
+    found: dict[str, Measure | None] = dict.fromkeys(("full_llc", "wbic", "free_energy", "singular_fluctuation"))
+    if (full := observables.recorded(trace, "full_difference")) is not None:
+        found["full_llc"] = observables.scaled_mean(full, nbeta)
+    if init_loss is not None and pooled.llc is not None:
+        llc = found["full_llc"] or Measure(pooled.llc, pooled.mcse)
+        found["wbic"] = observables.wbic(llc, nbeta, num_data, init_loss)
+        if (log_normalizer := observables.recorded(trace, "log_normalizer")) is not None:
+            found["free_energy"] = observables.free_energy(log_normalizer[:, -1], nbeta, init_loss)
+    observed = observables.recorded(trace, "observed")
+    part = observables.blocks(trace.observables).get(observables.TRAIN)
+    if observed is not None and part is not None:
+        found["singular_fluctuation"] = observables.singular_fluctuation(observed[:, :, part], nbeta, num_data)
+    fields: dict[str, float | None] = {}
+    for name, measure in found.items():
+        fields |= {name: None, f"{name}_mcse": None} if measure is None else {name: measure.value, f"{name}_mcse": measure.mcse}
+    return fields
+
+
+def _by_dataset(spec: RunSpec, trace: Trace) -> dict[str, DatasetEstimate]:
+    losses = observables.block_losses(trace)
+    if losses is None:
+        return {}
+    estimates = {}
+    phi = observables.training_loss(trace)
+    response = None if phi is None else observables.susceptibilities(phi, losses)
+    for index, (name, count) in enumerate(trace.observables.items()):
+        llc = observables.scaled_mean(losses[:, :, index], spec.nbeta)
+        # That of the training data to themselves is zero by definition.
+        chi = (
+            [_finite(values[index]) for values in response]
+            if response is not None and name != observables.TRAIN
+            else [None] * 2
+        )
+        estimates[name] = DatasetEstimate(
+            num_samples=count, llc=llc.value, mcse=llc.mcse, susceptibility=chi[0], susceptibility_mcse=chi[1]
+        )
+    return estimates
+
+
+def _other_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float) and math.isfinite(value)}
+    return {name: float(value) for name, value in numbers.items() if name not in Diagnosis.model_fields}
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
 
 
 def _ratio(value: float | None, by: float | None) -> float | None:
@@ -151,7 +248,7 @@ def _ratio(value: float | None, by: float | None) -> float | None:
 
 
 def _verdicts(spec: RunSpec, trace: Trace, numbers: Diagnosis) -> set[str]:
-    """Everything wrong with the run, as keys of `_remedies`."""
+    """Everything wrong with the run, as keys of `remedies_for`."""
     if numbers.llc is None:
         return {"diverged"}
     kept = finite_chains(trace)
@@ -166,6 +263,8 @@ def _verdicts(spec: RunSpec, trace: Trace, numbers: Diagnosis) -> set[str]:
         "negative llc": numbers.llc + SIGN_ERRORS * error < 0,
         "llc above d/2": numbers.llc - CLEAR_ERRORS * error > (1 + RELEVANT) * numbers.num_params / 2,
         "loss below w*": _below_star(llc, minibatches=hasattr(spec.sampler, "batch_size")),
+        "poor approximation": numbers.pareto_k is not None and numbers.pareto_k > MAX_PARETO_K,
+        "losses disagree": _losses_disagree(spec, trace),
         "rising trace": drift > 0,
         "falling trace": drift < 0,
         # By the virial theorem E[localization |w-w*|^2] / d is the fraction of directions that localisation holds. It is
@@ -179,6 +278,20 @@ def _verdicts(spec: RunSpec, trace: Trace, numbers: Diagnosis) -> set[str]:
         "low acceptance": numbers.acceptance_rate is not None and numbers.acceptance_rate < MIN_ACCEPTANCE,
     }
     return {verdict for verdict, holds in tests.items() if holds}
+
+
+def _losses_disagree(spec: RunSpec, trace: Trace) -> bool:
+    """Whether losses on minibatches and on all the data, at the same draws, have different means.
+
+    Both estimate L_n(w) - L_n(w*), and their errors go together: their difference is tested, not the two estimates.
+    """
+    full = observables.recorded(trace, "full_difference")
+    if full is None or not hasattr(spec.sampler, "batch_size"):
+        return False
+    kept = finite_chains(trace)
+    evaluated = np.all(np.isfinite(trace.posterior_draws("full_difference")[kept]), axis=0)
+    off = observables.scaled_mean(trace.posterior_draws("loss_difference")[kept][:, evaluated] - full, 1.0)
+    return off.mcse is not None and abs(off.value) > max(CLEAR_ERRORS * off.mcse, RELEVANT * abs(float(np.mean(full))))
 
 
 def _drift(llc: np.ndarray) -> float:
@@ -217,39 +330,3 @@ def _rhat_limit(chains: tuple[Estimate, ...]) -> float:
     halves = 2 * len(effective)
     excess = halves / sum(effective) * float(chi2.ppf(RHAT_QUANTILE, halves - 1)) / (halves - 1)
     return max(MAX_RHAT, math.sqrt(1 + excess))
-
-
-def _remedies(spec: RunSpec, numbers: Diagnosis) -> dict[str, str]:
-    """What to change for each verdict, worst verdict first, in fields of this sampler and target."""
-    kind = spec.sampler.kind
-    finer = {
-        "hmc": "raise sampler.target_acceptance",
-        "mclmc": "lower sampler.desired_energy_var",
-    }.get(kind, "lower sampler.step_size")
-    faster = {
-        "hmc": "raise sampler.num_integration_steps",
-        "mclmc": "raise sampler.num_steps_bw_draws",
-    }.get(kind, "raise sampler.step_size as far as the llc stays the same")
-    stable = finer if "step_size" in finer else f"{finer}, or lower sampler.step_size"
-    star = "the loss at w* is not finite: lower training.learning_rate"
-    if hasattr(spec.target, "training"):
-        minimum = "w* is not a minimum of the loss: raise training.num_steps, or raise posterior.localization to stay near it"
-    else:
-        minimum = "w* is an exact minimum here, so this is rounding: set target.precision=float64"
-    longer = f"raise sampler.num_burnin_steps, or {faster}"
-    return {
-        "diverged": star if numbers.init_loss is None else stable,
-        "nan chains": f"the other chains are kept, but are as doubtful: {stable}",
-        "divergent steps": f"the integrator fails in part of the posterior: {finer}, or raise posterior.localization",
-        "negative llc": minimum,
-        "llc above d/2": f"no minimum has such a one: the steps are too coarse, {finer}; "
-        "or draws leave w*, raise posterior.localization",
-        "loss below w*": minimum,
-        "rising trace": f"the chains have not reached their posterior: {longer}",
-        "falling trace": f"the chains have not settled: {longer}",
-        "over-localised": "the llc is mostly the prior's: lower posterior.localization, or raise posterior.nbeta",
-        "chains disagree": f"raise sampler.num_burnin_steps and sampler.num_draws, or {faster}; "
-        "raise posterior.localization if the chains stay apart",
-        "too few draws": f"raise sampler.num_draws, or {faster}",
-        "low acceptance": f"{finer}, or raise sampler.num_burnin_steps to tune the step size longer",
-    }

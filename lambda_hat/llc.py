@@ -127,6 +127,26 @@ def rhat(draws: np.ndarray) -> float | None:
     return _number(load_arviz().rhat(draws, method="rank"))
 
 
+def pareto_k(log_weights: np.ndarray) -> float:
+    """k-hat of importance weights from their logarithms, (draws,): the shape of the generalised Pareto fitted to their tail."""
+    az = load_arviz()
+    if az.__version__.startswith("0."):
+        return float(az.psislw(log_weights)[1])
+    from arviz_stats.base import array_stats
+
+    return float(array_stats.psislw(log_weights)[1])
+
+
+def with_error(value: float | None, error: float | None) -> str:
+    """Value and error as people read them, to the error's second digit; "-" for no value."""
+    if value is None:
+        return "-"
+    if not error:
+        return f"{value:.4g}"
+    places = max(0, 1 - int(f"{error:e}".split("e")[1]))
+    return f"{value:.{places}f} ± {error:.{places}f}"
+
+
 def _number(value: Any) -> float | None:
     """A float of ArviZ's scalar or zero-dimensional array."""
     return float(value) if np.isfinite(value) else None

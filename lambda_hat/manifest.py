@@ -14,10 +14,14 @@ from lambda_hat.spec import InvalidInput, canonical_json, check_id
 
 Kind = Literal["target", "run", "diagnosis", "sweep"]
 
+#: Part of where diagnoses lie and of sweeps' ids. Raise it when estimates, verdicts or plots change: draws stay, and the next
+#: sweep over them diagnoses them anew.
+DIAGNOSIS_VERSION = 2
+
 KINDS: dict[Kind, tuple[str, str]] = {  # the prefix of its ids, its folder below the root
     "target": ("tgt", "targets/{id}"),
     "run": ("run", "targets/{target_id}/runs/{id}"),
-    "diagnosis": ("run", "targets/{target_id}/runs/{id}/diagnosis"),
+    "diagnosis": ("run", f"targets/{{target_id}}/runs/{{id}}/diagnosis-v{DIAGNOSIS_VERSION}"),
     "sweep": ("swp", "sweeps/{id}"),
 }
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")

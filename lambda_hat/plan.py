@@ -17,12 +17,15 @@ from lambda_hat.run import RunSpec
 from lambda_hat.samplers import AnySamplerSpec
 from lambda_hat.settings import Preset, Settings, explain, lookup, models_in, nearest
 from lambda_hat.spec import InvalidInput, Spec
-from lambda_hat.targets import AnyTargetSpec
+from lambda_hat.targets import AnyTargetSpec, TargetSpec
 
 #: A plan of more runs is a typing error.
 MAX_RUNS = 100_000
 
 DEFAULT = "default"
+
+#: target.checkpoint=all is every checkpoint.
+ALL = "all"
 
 #: Parts of a target that have presets of their own.
 COMPONENTS = ("model", "data", "training")
@@ -45,9 +48,10 @@ def make_plan(settings: Settings, experiment: str | None = None, overrides: Sequ
     """The runs of an experiment (the one named "default" if None) changed by overrides; each once, targets outermost.
 
     Keys: `target=a,b`, `sampler=`, `posterior=`, `model=`, `data=`, `training=` choose presets. `model.depth=`,
-    `data.n_data=`, `training.`, `posterior.` set fields of these parts; `target.seed=` the target's own; `sampler.num_chains=`
-    the sampler's. `target.NAME.seed=` and `sampler.NAME.step_size=` hold for the preset of that name only; if no preset of that
-    name is selected, for every preset of that family or kind.
+    `data.n_data=`, `training.`, `posterior.` set fields of these parts; `target.seed=` the target's own, of which
+    `target.checkpoint=all` is every checkpoint of the training; `sampler.num_chains=` the sampler's. `target.NAME.seed=` and
+    `sampler.NAME.step_size=` hold for the preset of that name only; if no preset of that name is selected, for every preset of
+    that family or kind.
 
     Rules:
       - A sweep is the Cartesian product of its values; an experiment is the union of its sweeps.
@@ -193,10 +197,13 @@ class _Plan:
                     fields[path[0]] = self._component(path[0], value)
                 else:
                     _set(fields, path, value)
+            every_checkpoint = section == "target" and fields.get("checkpoint") == ALL
+            if every_checkpoint:
+                del fields["checkpoint"]
             spec = _spec_or_error(cls, _with_defaults(cls, fields), f"{section}.{name}")
             if isinstance(spec, InvalidInput):
                 raise spec
-            yield spec
+            yield from _checkpoints(cast(TargetSpec, spec), name) if every_checkpoint else [spec]
 
     def check_all_applied(self, sweeps: Iterable[Sweep]) -> None:
         """Refuses assignments that are about nothing in the plan."""
@@ -306,6 +313,16 @@ def _component_classes(component: str) -> list[type[Spec]]:
     """The classes of this component in the target families."""
     fields = (cls.model_fields.get(component) for cls in CLASSES["target"].values())
     return list(dict.fromkeys(cast(type[Spec], field.annotation) for field in fields if field))
+
+
+def _checkpoints(spec: TargetSpec, name: str) -> list[TargetSpec]:
+    """The target at each checkpoint of its training."""
+    if not spec.checkpoint_steps:
+        raise InvalidInput(
+            f"target.checkpoint={ALL} needs a target that saves checkpoints while it is trained; {name!r} saves none. "
+            "Set training.num_checkpoints, or choose another target."
+        )
+    return [spec.model_copy(update={"checkpoint": step}) for step in spec.checkpoint_steps]
 
 
 def _spec_or_error(cls: type[Spec], fields: dict[str, Any], where: str) -> Spec | InvalidInput:

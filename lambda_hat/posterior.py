@@ -1,25 +1,46 @@
-"""The local tempered posterior around w*: exp(-nbeta L_n(w) - localization/2 |w - w*|^2)."""
+"""The local tempered posterior around w*: exp(-nbeta L_n(w) - localization/2 |u|^2) of the offset u from w*."""
 
 from __future__ import annotations
 
+import fnmatch
+import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
+import numpy as np
 from pydantic import Field
 
-from lambda_hat.spec import Spec
+from lambda_hat.spec import InvalidInput, Spec
 from lambda_hat.target import Dataset, Objective, Params
+
+#: Samples whose losses are computed at a time where all the data are used: bounds memory, and is plenty for speed.
+CHUNK_SAMPLES = 4096
+#: Samples from which the relative metric is measured.
+METRIC_SAMPLES = 256
+
+Metric = Literal["euclidean", "relative"]
 
 
 class PosteriorSpec(Spec):
-    """Temperature and localisation."""
+    """Temperature, localisation, and which parameters move.
+
+    w = w* + scale * u on the selected parameters, and the density of u is exp(-nbeta L_n(w) - localization/2 |u|^2). With the
+    euclidean metric scale = 1, the usual definition. The relative metric measures each parameter tensor in units of its own
+    (`relative_scales`), so that the llc of a ReLU network does not change when its layers are rescaled against each other.
+    """
 
     nbeta: float | None = Field(None, gt=0, description="n times the inverse temperature; none = n / log n")
     localization: float = Field(1.0, ge=0, description="strength gamma of the pull towards w*")
+    metric: Metric | Literal["auto"] = Field(
+        "auto", description="units of the offsets: euclidean, or relative to each tensor; auto = as suits the target"
+    )
+    parameters: tuple[str, ...] = Field(
+        ("*",), min_length=1, description='the parameters that move, others stay at w*; patterns like "hidden_0/*" or "head/w[0]"'
+    )
 
     def resolve_nbeta(self, num_data: int) -> float:
         """nbeta, or the WBIC choice n / log n (Watanabe 2013)."""
@@ -27,52 +48,242 @@ class PosteriorSpec(Spec):
 
 
 class Posterior(NamedTuple):
-    """The posterior as functions of the flat position w, shape (d,).
+    """The posterior as functions of the flat offset u from w*, shape (d,).
 
-    logdensity_fn: -nbeta (L_n(w) - L_n(w*)) - localization/2 |w - w*|^2, scalar.
-    minibatch_difference_and_grad: (w, rng_key, batch_size) -> (L_B(w) - L_B(w*), grad L_B(w)) on a fresh batch of samples drawn
-      with replacement. The difference is paired (both losses on the same samples), so it is unbiased for
-      L_n(w) - L_n(w*) and far less noisy than L_B(w) - L_n(w*).
+    logdensity_fn: -nbeta (L_n(w) - L_n(w*)) - localization/2 |u|^2, scalar.
+    minibatch_difference_and_grad: (u, rng_key, batch_size, control_variates=False) -> (L_B(w) - L_B(w*), g_B), on a fresh batch
+      of samples drawn with replacement; g_B is the gradient of L_B with respect to u. The difference is paired (both losses on
+      the same samples), so it is unbiased for L_n(w) - L_n(w*) and far less noisy than L_B(w) - L_n(w*). With control
+      variates c = g_n(w*) - g_B(w*) the gradient is g_B(w) + c and the difference L_B(w) - L_B(w*) + c u: also unbiased, and
+      exact to first order in u, for twice the work.
+    num_data: number of samples n.
     """
 
     logdensity_fn: Callable[[jax.Array], jax.Array]
-    minibatch_difference_and_grad: Callable[[jax.Array, jax.Array, int], tuple[jax.Array, jax.Array]]
-    position_star: jax.Array
+    minibatch_difference_and_grad: Callable[..., tuple[jax.Array, jax.Array]]
     nbeta: jax.Array
     localization: jax.Array
+    num_data: int
 
     def loss_difference(self, position: jax.Array, logdensity: jax.Array) -> jax.Array:
-        """L_n(w) - L_n(w*), recovered from the log density at w without another pass over the data."""
-        pull = 0.5 * self.localization * jnp.sum(jnp.square(position - self.position_star))
+        """L_n(w) - L_n(w*), recovered from the log density at u without another pass over the data."""
+        pull = 0.5 * self.localization * jnp.sum(jnp.square(position))
         return -(logdensity + pull) / self.nbeta
 
 
+class Centre(NamedTuple):
+    """What is computed once around w* and shared by all chains.
+
+    scales: units of the offsets, a scalar for each tensor of params_star. losses: of the samples at w*, (n,).
+    gradient: of L_n at w* with respect to u, (d,); () where control variates do not need it.
+    """
+
+    params_star: Params
+    scales: list[jax.Array]
+    dataset: Dataset
+    losses: jax.Array
+    gradient: jax.Array
+
+
+#: For each tensor of the parameters: None if it stays, else which part moves, as the text of a NumPy index ("" for all of it).
+Selection = tuple[str | None, ...]
+
+
+def tensor_names(params: Params) -> list[str]:
+    """Names of the parameter tensors in the order of their leaves, like "hidden_0/w"."""
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
+
+
+def select(params: Params, patterns: Sequence[str]) -> Selection:
+    """Which tensors, or parts of them, the patterns name: shell patterns of tensor names, with an optional index.
+
+    Raises:
+      InvalidInput: a pattern names nothing, an index does not fit, or two indices name parts of one tensor.
+    """
+    names, leaves = tensor_names(params), jax.tree.leaves(params)
+    selection: list[str | None] = [None] * len(names)
+    for pattern in patterns:
+        match = re.fullmatch(r"(.*?)(?:\[([-\d:, ]+)\])?", pattern)
+        glob, index = match.group(1), match.group(2) or ""  # type: ignore[union-attr]  # it matches anything
+        matched = [place for place, name in enumerate(names) if fnmatch.fnmatchcase(name, glob)]
+        if not matched:
+            raise InvalidInput(
+                f"Every pattern of posterior.parameters must name a parameter; got {pattern!r}. There are: {', '.join(names)}."
+            )
+        for place in matched:
+            if selection[place] not in (None, index):
+                raise InvalidInput(
+                    f"posterior.parameters may name one part of a tensor; got two of {names[place]!r}: {', '.join(patterns)}. "
+                    "Name the whole tensor or a range that holds both."
+                )
+            try:
+                if np.empty(np.shape(leaves[place]), bool)[_index(index)].size == 0:
+                    raise IndexError("it is empty")
+            except (IndexError, ValueError) as error:
+                raise InvalidInput(
+                    f"The index of {pattern!r} in posterior.parameters must fit the tensor {names[place]!r}, "
+                    f"of shape {np.shape(leaves[place])}: {error}."
+                ) from error
+            selection[place] = index
+    return tuple(selection)
+
+
+def _index(text: str) -> tuple[int | slice, ...]:
+    """The NumPy index of its text, like "0" or "2:4, 1"; "" is all."""
+    parts = [part.strip() for part in text.split(",")] if text else []
+    return tuple(slice(*(int(i) if i else None for i in part.split(":"))) if ":" in part else int(part) for part in parts)
+
+
+def _shapes(params: Params, selection: Selection) -> list[tuple[int, ...]]:
+    """Shapes of the selected parts, in order."""
+    pairs = zip(jax.tree.leaves(params), selection, strict=True)
+    return [np.empty(leaf.shape, bool)[_index(index)].shape for leaf, index in pairs if index is not None]
+
+
+def num_selected(params: Params, selection: Selection) -> int:
+    """The number of parameters that move, d."""
+    return sum(math.prod(shape) for shape in _shapes(params, selection))
+
+
+def to_params(position: jax.Array, params_star: Params, scales: Sequence[jax.Array], selection: Selection) -> Params:
+    """w = w* + scale * u on the selected parameters."""
+    leaves, structure = jax.tree.flatten(params_star)
+    shapes = iter(_shapes(params_star, selection))
+    start = 0
+    for place, index in enumerate(selection):
+        if index is None:
+            continue
+        shape = next(shapes)
+        offset = scales[place] * position[start : start + math.prod(shape)].reshape(shape)
+        leaves[place] = leaves[place] + offset if index == "" else leaves[place].at[_index(index)].add(offset)
+        start += math.prod(shape)
+    return jax.tree.unflatten(structure, leaves)
+
+
+def reduce_chunks(function: Callable[[Dataset, jax.Array], Any], dataset: Dataset, losses: jax.Array, combine: Any) -> Any:
+    """`function` of (samples, their losses at w*) on CHUNK_SAMPLES at a time, under `combine` of (a full chunk's results, the
+    rest's): memory is bounded by a chunk's, in gradients too."""
+    n, size = losses.shape[0], CHUNK_SAMPLES
+    if n <= size:
+        return function(dataset, losses)
+    whole = n // size * size
+    parts = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), (dataset.samples, losses))
+    body = jax.checkpoint(lambda part: function(Dataset(part[0], dataset.constants), part[1]))
+    results = jax.lax.map(body, parts)
+    if whole == n:
+        return combine(results, None)
+    rest = jax.tree.map(lambda x: x[whole:], (dataset.samples, losses))
+    return combine(results, body(rest))
+
+
+def per_sample_losses(objective: Objective, params: Params, dataset: Dataset) -> jax.Array:
+    """The losses of all samples, (n,), in bounded memory."""
+    none = jnp.zeros(dataset.num_data, jax.tree.leaves(params)[0].dtype)
+    return reduce_chunks(
+        lambda part, _: objective.per_sample_loss(params, part),
+        dataset, none,
+        lambda parts, rest: parts.reshape(-1) if rest is None else jnp.concatenate([parts.reshape(-1), rest]),
+    )  # fmt: skip
+
+
+def full_difference(objective: Objective, params: Params, centre: Centre) -> jax.Array:
+    """L_n(w) - L_n(w*) on all the data, in bounded memory."""
+    if objective.loss is not None:
+        return objective.loss(params, centre.dataset) - objective.loss(centre.params_star, centre.dataset)
+    total = reduce_chunks(
+        lambda part, losses: jnp.sum(objective.per_sample_loss(params, part) - losses),
+        centre.dataset, centre.losses,
+        lambda parts, rest: jnp.sum(parts) + (0 if rest is None else rest),
+    )  # fmt: skip
+    return total / centre.losses.shape[0]
+
+
+def relative_scales(objective: Objective, params: Params, dataset: Dataset) -> list[np.ndarray]:
+    """Units of each tensor's offsets in the relative metric, scalars.
+
+    scale_t^2 = c / F_t, with F_t the mean square of the per-sample loss gradients in tensor t (the diagonal of the empirical
+    Fisher information, averaged) and log c the mean of log(rms_t^2 F_t) over all parameters, rms_t the root mean square of w*
+    in the tensor. A tensor that is multiplied by a has its F divided by a^2 and rms^2 multiplied by it: c stays and its scale
+    is multiplied by a, so a network whose layers are rescaled against each other has the same posterior of u.
+    Where F is zero a tensor's unit is its rms; where that is zero too, 1.
+    """
+    squares = jax.device_get(_mean_squares(objective, params, dataset))
+    fisher, rms2, sizes = (np.asarray([float(x) for x in values]) for values in squares)
+    informative = (fisher > 0) & (rms2 > 0) & np.isfinite(fisher)
+    scale2 = np.where(rms2 > 0, rms2, 1.0)
+    if informative.any():
+        logs = np.log(rms2, where=informative, out=np.zeros_like(rms2))
+        logs += np.log(fisher, where=informative, out=np.zeros_like(rms2))
+        c = np.exp(np.sum(logs * sizes * informative) / np.sum(sizes * informative))
+        known = (fisher > 0) & np.isfinite(fisher)
+        scale2 = np.where(known, c / np.where(known, fisher, 1.0), scale2)
+    dtype = jax.tree.leaves(params)[0].dtype
+    return [np.asarray(value, dtype) for value in np.sqrt(scale2)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _mean_squares(objective: Objective, params: Params, dataset: Dataset) -> tuple[list, list, list]:
+    """For each tensor: the mean square of per-sample gradients, of w*, and its size; on evenly spaced samples."""
+    count = min(dataset.num_data, METRIC_SAMPLES)
+    indices = jnp.arange(count) * dataset.num_data // count
+
+    def add(total: Any, index: jax.Array) -> tuple[Any, None]:
+        gradient = jax.grad(lambda p: objective.per_sample_loss(p, dataset.take(index[None]))[0])(params)
+        return [t + jnp.mean(jnp.square(g)) / count for t, g in zip(total, jax.tree.leaves(gradient), strict=True)], None
+
+    leaves = jax.tree.leaves(params)
+    fisher, _ = jax.lax.scan(add, [jnp.zeros((), leaf.dtype) for leaf in leaves], indices)
+    return fisher, [jnp.mean(jnp.square(leaf)) for leaf in leaves], [leaf.size for leaf in leaves]
+
+
+def make_centre(
+    objective: Objective, params_star: Params, dataset: Dataset, metric: Metric, selection: Selection, with_gradient: bool
+) -> Centre:
+    """What chains around `params_star` share, computed on the device."""
+    params_star, dataset = jax.device_put((params_star, dataset))
+    dtype = jax.tree.leaves(params_star)[0].dtype
+    if metric == "relative":
+        scales = [jnp.asarray(scale) for scale in relative_scales(objective, params_star, dataset)]
+    else:
+        scales = [jnp.ones((), dtype) for _ in selection]
+    losses = jax.jit(per_sample_losses, static_argnums=0)(objective, params_star, dataset)
+    centre = Centre(params_star, scales, dataset, losses, jnp.zeros((), dtype))
+    return centre._replace(gradient=_star_gradient(objective, selection, centre)) if with_gradient else centre
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _star_gradient(objective: Objective, selection: Selection, centre: Centre) -> jax.Array:
+    def loss(position: jax.Array) -> jax.Array:
+        return full_difference(objective, to_params(position, centre.params_star, centre.scales, selection), centre)
+
+    return jax.grad(loss)(jnp.zeros(num_selected(centre.params_star, selection), centre.losses.dtype))
+
+
 def make_posterior(
-    objective: Objective,
-    params_star: Params,
-    dataset: Dataset,
-    star_losses: jax.Array,
-    nbeta: jax.Array,
-    localization: jax.Array,
+    objective: Objective, centre: Centre, selection: Selection, nbeta: jax.Array, localization: jax.Array
 ) -> Posterior:
-    """The posterior around `params_star`; `star_losses`, shape (n,), are the samples' losses there."""
-    position_star, unravel = ravel_pytree(params_star)
-    n = star_losses.shape[0]
+    """The posterior around `centre` at one temperature and localisation."""
 
-    def difference(position: jax.Array, batch: Dataset, batch_star_losses: jax.Array) -> jax.Array:
-        return jnp.mean(objective.per_sample_loss(unravel(position), batch) - batch_star_losses)
-
-    def full_difference(position: jax.Array) -> jax.Array:
-        if objective.loss is None:
-            return difference(position, dataset, star_losses)
-        return objective.loss(unravel(position), dataset) - objective.loss(params_star, dataset)
+    def params(position: jax.Array) -> Params:
+        return to_params(position, centre.params_star, centre.scales, selection)
 
     def logdensity_fn(position: jax.Array) -> jax.Array:
-        pull = 0.5 * localization * jnp.sum(jnp.square(position - position_star))
-        return -nbeta * full_difference(position) - pull
+        pull = 0.5 * localization * jnp.sum(jnp.square(position))
+        return -nbeta * full_difference(objective, params(position), centre) - pull
 
-    def minibatch(position: jax.Array, rng_key: jax.Array, batch_size: int) -> tuple[jax.Array, jax.Array]:
-        indices = jax.random.randint(rng_key, (batch_size,), 0, n)
-        return jax.value_and_grad(difference)(position, dataset.take(indices), star_losses[indices])
+    def difference(position: jax.Array, batch: Dataset, losses: jax.Array) -> jax.Array:
+        return jnp.mean(objective.per_sample_loss(params(position), batch) - losses)
 
-    return Posterior(logdensity_fn, minibatch, position_star, nbeta, localization)
+    def minibatch(
+        position: jax.Array, rng_key: jax.Array, batch_size: int, control_variates: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        indices = jax.random.randint(rng_key, (batch_size,), 0, centre.losses.shape[0])
+        batch, losses = centre.dataset.take(indices), centre.losses[indices]
+        value, gradient = jax.value_and_grad(difference)(position, batch, losses)
+        if control_variates:
+            correction = centre.gradient - jax.grad(difference)(jnp.zeros_like(position), batch, losses)
+            value, gradient = value + correction @ position, gradient + correction
+        return value, gradient
+
+    return Posterior(logdensity_fn, minibatch, nbeta, localization, centre.losses.shape[0])

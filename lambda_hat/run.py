@@ -9,10 +9,13 @@ from typing import Any, Self
 
 from pydantic import model_validator
 
-from lambda_hat.posterior import PosteriorSpec
+from lambda_hat.posterior import Metric, PosteriorSpec
 from lambda_hat.samplers import AnySamplerSpec
 from lambda_hat.spec import Spec, content_id, dotted
 from lambda_hat.targets import AnyTargetSpec
+
+#: Runs one program samples together at most, which bounds its memory.
+MAX_LANES = 64
 
 
 class RunSpec(Spec):
@@ -23,7 +26,9 @@ class RunSpec(Spec):
     sampler: AnySamplerSpec
 
     @model_validator(mode="after")
-    def _batch_fits(self) -> Self:
+    def _parts_fit(self) -> Self:
+        if self.sampler.kind == "smc" and self.posterior.localization == 0:
+            raise ValueError("posterior.localization must be above 0 for smc, which starts from its Gaussian; got 0")
         batch_size = getattr(self.sampler, "batch_size", 0)
         if batch_size > self.target.num_data:
             raise ValueError(f"sampler.batch_size must be at most data.n_data, {self.target.num_data}; got {batch_size}")
@@ -35,16 +40,34 @@ class RunSpec(Spec):
 
     @property
     def run_id(self) -> str:
-        return content_id("run", {"target_id": self.target_id} | self.model_dump(mode="json", exclude={"target"}))
+        content = {"target_id": self.target_id, "checkpoint": self.target.checkpoint}
+        return content_id("run", content | self.model_dump(mode="json", exclude={"target"}))
 
     @property
     def nbeta(self) -> float:
         return self.posterior.resolve_nbeta(self.target.num_data)
 
     @property
+    def metric(self) -> Metric:
+        """The posterior's, or what suits the target: relative for trained networks, whose tensors have a size of their own."""
+        if self.posterior.metric != "auto":
+            return self.posterior.metric
+        return "relative" if hasattr(self.target, "training") else "euclidean"
+
+    @property
     def fge(self) -> float:
-        """Work of the run in full-data gradient equivalents, known before it starts."""
+        """Work of the run in full-data gradient equivalents, as far as it is known before it starts."""
         return self.sampler.fge(self.target.num_data)
+
+
+def batches(specs: Sequence[RunSpec]) -> list[list[int]]:
+    """The runs one program can sample together, as indices: of one target, and different in numbers and seeds only."""
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for index, spec in enumerate(specs):
+        posterior = (spec.posterior.parameters, spec.posterior.metric)
+        key = (spec.target_id, spec.target.checkpoint, posterior, spec.sampler.static(), spec.sampler.num_draws)
+        groups[key].append(index)
+    return [group[start : start + MAX_LANES] for group in groups.values() for start in range(0, len(group), MAX_LANES)]
 
 
 def labels(specs: Sequence[RunSpec]) -> list[tuple[str, str]]:

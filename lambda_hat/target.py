@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lambda_hat.chunks import Progress, no_progress
-from lambda_hat.spec import Precision, Spec, content_id
+from lambda_hat.spec import InvalidInput, Precision, Spec, content_id
 
 Params = Any  # a nested dict of arrays
 Arrays = dict[str, Any]
+
+#: Samples of one observable dataset: their losses are recorded at every draw.
+OBSERVABLE_SIZE = 100
 
 
 class DataSpec(Spec):
@@ -29,18 +31,37 @@ class TargetSpec(Spec):
 
     seed: int = Field(0, ge=0, lt=2**32, description="seed of the data, the teacher, the initial weights and the training")
     precision: Precision = Field("float32", description="dtype of parameters, data and sampling")
+    checkpoint: int | None = Field(None, ge=0, description="sample the parameters saved at this training step; none = w*")
+
+    @model_validator(mode="after")
+    def _checkpoint_is_saved(self) -> Self:
+        if self.checkpoint is not None:
+            check_checkpoint(self.checkpoint, self.checkpoint_steps)
+        return self
 
     @property
     def target_id(self) -> str:
-        return content_id("tgt", self.model_dump(mode="json"))
+        """One training is one artifact, whichever of its checkpoints is sampled."""
+        return content_id("tgt", self.model_dump(mode="json", exclude={"checkpoint"}))
+
+    @property
+    def checkpoint_steps(self) -> tuple[int, ...]:
+        """Training steps whose parameters the target keeps, ascending: known without building, none where it does not train."""
+        return ()
 
     @property
     def num_data(self) -> int:
         """Number of training samples n."""
         return self.data.n_data  # type: ignore[attr-defined]
 
-    def build(self, progress: Progress = no_progress) -> Target:
-        """Makes the data and finds w*."""
+    def build(self, progress: Progress = no_progress, resume: Unfinished | None = None, save: Save | None = None) -> Target:
+        """Makes the data and finds w*.
+
+        Args:
+          resume: where an earlier, interrupted call got to; the result is the same as without the interruption. One that does
+            not fit is ignored, as it is by families that do not train.
+          save: receives the unfinished training now and then.
+        """
         raise TypeError(f"{type(self).__name__} does not build")
 
     def objective(self) -> Objective:
@@ -59,7 +80,7 @@ class Dataset(NamedTuple):
         """Number of samples n."""
         return next(iter(self.samples.values())).shape[0]
 
-    def take(self, indices: jax.Array) -> Dataset:
+    def take(self, indices: jax.Array | np.ndarray) -> Dataset:
         """The minibatch of the samples at `indices`, shape (B,)."""
         return Dataset({name: array[indices] for name, array in self.samples.items()}, self.constants)
 
@@ -68,6 +89,17 @@ class Dataset(NamedTuple):
         for start in range(0, self.num_data, size):
             part = {name: array[start : start + size] for name, array in self.samples.items()}
             yield Dataset(part, self.constants)
+
+
+class Unfinished(NamedTuple):
+    """Training cut short: steps done, the loop's leaves, the parameters saved so far by step."""
+
+    step: int
+    leaves: list[np.ndarray]
+    checkpoints: dict[int, Params]
+
+
+Save = Callable[[Unfinished], None]
 
 
 class Objective(NamedTuple):
@@ -86,9 +118,13 @@ class Objective(NamedTuple):
 class Target:
     """A trained network with its data: the common currency of all studies.
 
-    metrics: init_loss = L_n(w*) in float64 over all the data; num_params; num_data; true_llc (exact, as text like "13/2") where
-      theory gives it; and what its family measures (accuracy, ...).
+    metrics: init_loss = L_n(w*) in float64 over all the data; num_params; num_data; true_llc (exact, as text like "13/2") and
+      multiplicity where theory gives them; what its family measures (accuracy, ...); checkpoints where there are any: for each a
+      dict of its step and its own values of what is measured.
     history: training curves, arrays of equal length.
+    observables: named datasets with the arrays of `dataset.samples`, each of at most OBSERVABLE_SIZE samples, whose losses can
+      be followed during sampling.
+    checkpoints: training step -> parameters, of a target just built; from a store `load_target` gets them one by one.
     """
 
     spec: TargetSpec
@@ -96,23 +132,60 @@ class Target:
     dataset: Dataset
     metrics: dict[str, Any]
     history: dict[str, np.ndarray] = field(default_factory=dict)
+    observables: dict[str, Dataset] = field(default_factory=dict)
+    checkpoints: dict[int, Params] = field(default_factory=dict)
 
     @property
     def target_id(self) -> str:
         return self.spec.target_id
 
 
-def mean_loss_float64(objective: Objective, params: Params, dataset: Dataset, chunk_size: int = 65_536) -> float:
+def check_checkpoint(step: int, saved: Sequence[int]) -> None:
+    """Raises InvalidInput unless `step` is among the `saved` steps."""
+    if step in saved:
+        return
+    known = ", ".join(map(str, sorted(saved, key=lambda known: abs(known - step))[:5])) or "none"
+    raise InvalidInput(
+        f"checkpoint must be a training step that the target saves; got {step}, the nearest saved: {known}; "
+        "save others with training.checkpoint_steps or training.num_checkpoints"
+    )
+
+
+def metrics_at(summary: Mapping[str, Any], checkpoint: int | None) -> dict[str, Any]:
+    """A target's metrics with what was measured at w* replaced by what was measured at the checkpoint; as they are for None.
+
+    Raises:
+      InvalidInput: there is no such checkpoint.
+    """
+    if checkpoint is None:
+        return dict(summary)
+    measured = {values["step"]: values for values in summary.get("checkpoints", [])}
+    check_checkpoint(checkpoint, list(measured))
+    return {**summary, **measured[checkpoint]}
+
+
+def mean_loss_float64(objective: Objective, params: Params, dataset: Dataset, chunk_size: int = 4096) -> float:
     """L_n(params) in float64 over all the data, `chunk_size` samples at a time."""
+    return mean_float64(objective.per_sample_loss, params, dataset, chunk_size)
+
+
+def mean_float64(per_sample: Callable[[Params, Dataset], Any], params: Params, dataset: Dataset, chunk_size: int = 4096) -> Any:
+    """Means over the samples in float64, `chunk_size` samples at a time.
+
+    Args:
+      per_sample: (params, dataset) -> (B,), or a dict of such; compiled once for one function object.
+
+    Returns:
+      The mean as a float, or a dict of them.
+    """
     with jax.enable_x64(True):
-        per_sample_loss = jax.jit(objective.per_sample_loss)
+        per_sample = jax.jit(per_sample)
         params = jax.tree.map(_to_float64, params)
-        total, count = 0.0, 0
-        for chunk in dataset.chunks(chunk_size):
-            losses = per_sample_loss(params, jax.tree.map(_to_float64, chunk))
-            total += float(jnp.sum(losses))
-            count += losses.shape[0]
-        return total / count
+        sums = [
+            jax.tree.map(lambda values: np.sum(values, dtype=np.float64), per_sample(params, jax.tree.map(_to_float64, chunk)))
+            for chunk in dataset.chunks(chunk_size)
+        ]
+        return jax.tree.map(lambda *parts: float(sum(parts) / dataset.num_data), *sums)
 
 
 def _to_float64(array: Any) -> np.ndarray:

@@ -16,12 +16,12 @@ from lambda_hat.sampling import Trace
 NBETA, CHAINS, DRAWS = 100.0, 4, 1000
 
 
-def trace_of(llc, burnin=0, squared_distance=None, acceptance_rate=0.8, is_divergent=0.0):
-    """A trace of the given llc draws, (chains, draws), burn-in first."""
-    fields = {"acceptance_rate": acceptance_rate, "is_divergent": is_divergent}
+def trace_of(llc, burnin=0, squared_distance=None, acceptance_rate=0.8, is_divergent=0.0, observables=None, **more):
+    """A trace of the given llc draws, (chains, draws), burn-in first; `more` are optional fields, of any trailing shape."""
+    fields = {"acceptance_rate": acceptance_rate, "is_divergent": is_divergent, "work": 10.0}
     fields["squared_distance"] = 0.1 if squared_distance is None else squared_distance
     draws = {name: np.broadcast_to(value, llc.shape).astype(np.float64) for name, value in fields.items()}
-    return Trace(draws | {"loss_difference": llc / NBETA}, burnin, {"compile": 2.0, "sampling": 4.0})
+    return Trace(draws | {"loss_difference": llc / NBETA} | more, burnin, {"compile": 2.0, "sampling": 4.0}, observables or {})
 
 
 def iid(seed=0, shape=(CHAINS, DRAWS), llc=5.0):

@@ -1,19 +1,26 @@
 """What every sampler shares: the fields of its spec and the two functions it is made of.
 
-Conventions (one place for all): the potential is U(w) = nbeta (L_n(w) - L_n(w*)) + localization/2 |w - w*|^2 and the
-density sampled is exp(-U). Langevin samplers drift by step_size * grad U and add noise of variance
+Conventions (one place for all): samplers move the offset u from w*, with potential
+U(u) = nbeta (L_n(w) - L_n(w*)) + localization/2 |u|^2; the density sampled is exp(-U). Langevin samplers drift by step_size * grad U and add noise of variance
 2 * step_size (BlackJAX's convention; others write step_size/2 and step_size).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 from pydantic import Field
 
 from lambda_hat.spec import Spec
+
+
+#: The axis of a run's chains, by which a sampler may pool what they learn in burn-in (`jax.lax.pmin` and its like).
+CHAINS = "chains"
+
+#: A step size in the convention above, or "auto": found during burn-in.
+StepSize = Annotated[float, Field(gt=0)] | Literal["auto"]
 
 
 class SamplerSpec(Spec):
@@ -26,6 +33,10 @@ class SamplerSpec(Spec):
     num_burnin_steps: int = Field(1000, ge=0, description="steps before the first draw, rounded up to whole draws")
     num_steps_bw_draws: int = Field(1, ge=1, description="steps per recorded draw (thinning)")
 
+    observables: tuple[str, ...] = Field(
+        (), description='datasets of the target whose per-sample losses are recorded at every draw, like "train" or "test"'
+    )
+
     @property
     def num_burnin_draws(self) -> int:
         """Draws' worth of burn-in, shown apart in the plots and never part of an estimate."""
@@ -36,9 +47,9 @@ class SamplerSpec(Spec):
         return {name: value for name, value in self if isinstance(value, float)}
 
     def static(self) -> SamplerSpec:
-        """This spec with traced fields, the seed and the lengths at fixed values: the key of the compiled program."""
+        """This spec with traced fields, the seed, the length and the observables at fixed values: the key of the program."""
         fixed: dict[str, Any] = dict.fromkeys(self.numbers(), 0.0)
-        return self.model_copy(update=fixed | {"seed": 0, "num_draws": 4})
+        return self.model_copy(update=fixed | {"seed": 0, "num_draws": 4, "observables": ()})
 
     def gradients_per_step(self, num_data: int) -> float:
         """Work of one step of one chain in full-data gradients (FGE)."""
@@ -60,11 +71,13 @@ class Info(NamedTuple):
     loss_difference: L(w) - L(w*), paired: on the whole data, or an unbiased estimate on the step's minibatch.
     acceptance_rate: Metropolis acceptance probability (1 for samplers without one).
     is_divergent: 1 where the step failed (non-finite state or energy error too large), else 0.
+    work: full-data gradient equivalents (FGE) of the step.
     """
 
     loss_difference: jax.Array
     acceptance_rate: jax.Array
     is_divergent: jax.Array
+    work: jax.Array
 
 
 class Sampler(NamedTuple):
@@ -72,7 +85,9 @@ class Sampler(NamedTuple):
 
     init: (rng_key, position, posterior, numbers) -> state; the state has a field `position`, shape (d,).
     step: (rng_key, state, posterior, numbers, index) -> (state, Info); `index` counts steps from 0, burn-in included.
+    extras: names of scalar attributes of the state that are recorded at each draw.
     """
 
     init: Callable[..., Any]
     step: Callable[..., tuple[Any, Info]]
+    extras: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""Microcanonical Langevin Monte Carlo (BlackJAX; arXiv 2212.08549), tuned before burn-in by BlackJAX's own scheme."""
+"""Microcanonical Langevin Monte Carlo (BlackJAX; arXiv 2212.08549), its step tuned to an energy error during burn-in."""
 
 from __future__ import annotations
 
@@ -10,76 +10,115 @@ import jax.numpy as jnp
 from pydantic import Field
 
 from lambda_hat.posterior import Posterior
+from lambda_hat.samplers.adaptation import Adaptation, StepRule, warm_up
 from lambda_hat.samplers.base import Info, Sampler, SamplerSpec
 
 #: The McLachlan integrator evaluates two gradients a step.
 GRADIENTS_PER_STEP = 2.0
+#: As in BlackJAX: effective steps over which the energy error is averaged, and the width, in powers of the step, of its weights.
+EFFECTIVE_STEPS, TRUST = 150, 1.5
+#: Factor by which a step size that failed is shortened.
+SHRINK = 0.8
+#: A step fails if its energy error is beyond this many times the one tuned to.
+MAX_ERROR = 30.0
 
 
 class MclmcSpec(SamplerSpec):
     """Microcanonical Langevin Monte Carlo on the whole data, tuned by itself.
 
-    The dynamics are unadjusted; their bias is set by the energy error per dimension they are tuned to.
-
-    Tuning runs `num_tuning_steps` of the dynamics, a third each for the step size, the diagonal preconditioner and the
-    decoherence length; burn-in follows with the tuned values.
+    The dynamics are unadjusted: their bias is set by the variance of the energy error per dimension they are tuned to. Burn-in
+    tunes the step to it and the diagonal mass matrix in Stan's windows; directions decohere over sqrt(d) in its units.
     """
 
     kind: Literal["mclmc"] = "mclmc"
     num_draws: int = Field(2000, ge=4, description="recorded draws per chain, after burn-in")
-    num_burnin_steps: int = Field(1000, ge=0, description="steps after tuning and before the first draw")
+    num_burnin_steps: int = Field(3000, ge=100, description="tuning steps, none of which enters an estimate")
     num_steps_bw_draws: int = Field(5, ge=1, description="steps per recorded draw (thinning)")
-    num_tuning_steps: int = Field(2000, ge=100, description="steps that tune step size, preconditioner and decoherence length")
     step_size: float = Field(1e-3, gt=0, description="step per square root of the dimension at which tuning starts")
     desired_energy_var: float = Field(1e-5, gt=0, description="variance of the energy error per dimension; smaller = less bias")
 
     def gradients_per_step(self, num_data: int) -> float:
         return GRADIENTS_PER_STEP
 
-    def fge(self, num_data: int) -> float:
-        return super().fge(num_data) + self.num_chains * self.num_tuning_steps * GRADIENTS_PER_STEP
-
     def algorithm(self) -> Sampler:
-        return _build(self.num_tuning_steps)
+        return _build(self.num_burnin_steps)
 
 
 class State(NamedTuple):
-    """mclmc: BlackJAX's integrator state; parameters: its tuned L, step size and inverse mass matrix."""
+    """mclmc: BlackJAX's integrator state; adaptation: its step size and mass matrix, and what tunes them."""
 
     mclmc: Any
-    parameters: Any
+    adaptation: Adaptation
 
     @property
     def position(self) -> jax.Array:
         return self.mclmc.position
 
 
+class EnergyRule(NamedTuple):
+    """step_size: the one in use; longest: above which steps have failed; weight, scaled: sums over recent steps of the
+    weights and of weight xi / step_size^6."""
+
+    step_size: jax.Array
+    longest: jax.Array
+    weight: jax.Array
+    scaled: jax.Array
+
+
+def energy_rule() -> StepRule:
+    """The step size at which the energy error of a step, the signal, has variance desired_energy_var per dimension.
+
+    As BlackJAX tunes MCLMC (its own version runs all steps in one call): the error grows as the cube of the step, so a step with
+    xi = error^2 / desired estimates the right one as step_size xi^(-1/6); these are averaged over the last `EFFECTIVE_STEPS`,
+    with weights exp(-1/2 (log xi / (6 TRUST))^2) that leave out errors far off. A failed step (NaN) shortens the longest step.
+    """
+    decay = (EFFECTIVE_STEPS - 1) / (EFFECTIVE_STEPS + 1)
+
+    def init(step_size: jax.Array) -> EnergyRule:
+        return EnergyRule(step_size, jnp.full_like(step_size, jnp.inf), jnp.zeros_like(step_size), jnp.zeros_like(step_size))
+
+    def update(rule: EnergyRule, error: jax.Array, numbers: dict) -> EnergyRule:
+        failed = ~jnp.isfinite(error)
+        # The offset keeps a perfect step's logarithm finite.
+        xi = jnp.square(jnp.where(failed, 0.0, error)) / numbers["desired_energy_var"] + 1e-8
+        weight = jnp.exp(-0.5 * jnp.square(jnp.log(xi) / (6 * TRUST)))
+        total = decay * rule.weight + weight
+        # In powers of the step in use, since a step's own sixth power is not a float32.
+        scaled = decay * rule.scaled + weight * xi
+        proposed = rule.step_size * (scaled / total) ** (-1 / 6)
+        longest = jnp.where(failed, SHRINK * rule.step_size, rule.longest)
+        step_size = jnp.minimum(proposed, longest)
+        return EnergyRule(step_size, longest, total, scaled * (step_size / rule.step_size) ** 6)
+
+    return StepRule(init, update, lambda rule: rule.step_size, lambda rule: rule.step_size)
+
+
 @functools.cache
-def _build(num_tuning_steps: int) -> Sampler:
+def _build(num_burnin_steps: int) -> Sampler:
     import blackjax  # starts JAX's backend, which the settings choose
-    from blackjax.adaptation.mclmc_adaptation import MCLMCAdaptationState
 
     kernel = blackjax.mclmc.build_kernel()
+    adaptation = warm_up(num_burnin_steps, energy_rule())
+
+    def root_dim(position: jax.Array) -> jax.Array:
+        return jnp.sqrt(jnp.asarray(position.size, position.dtype))
 
     def init(rng_key: jax.Array, position: jax.Array, posterior: Posterior, numbers: dict) -> State:
-        momentum_key, tuning_key = jax.random.split(rng_key)
-        state = blackjax.mclmc.init(position, posterior.logdensity_fn, momentum_key)
+        mclmc = blackjax.mclmc.init(position, posterior.logdensity_fn, rng_key)
         # BlackJAX's own start supposes a posterior of unit scale; it never recovers from a step far too long.
-        length = numbers["step_size"] * jnp.sqrt(jnp.asarray(position.shape[0], position.dtype))
-        start = MCLMCAdaptationState(4 * length, length, jnp.ones_like(position))
-        state, parameters, _ = blackjax.mclmc_find_L_and_step_size(
-            kernel, num_tuning_steps, state, tuning_key, posterior.logdensity_fn,
-            # The second phase is followed by a third of its length to readjust the step size.
-            frac_tune1=0.3, frac_tune2=0.3, frac_tune3=0.3, desired_energy_var=numbers["desired_energy_var"],
-            params=start,
-        )  # fmt: skip
-        return State(state, jax.tree.map(lambda x: jnp.asarray(x, position.dtype), parameters))
+        return State(mclmc, adaptation.init(position, numbers["step_size"] * root_dim(position)))
 
     def step(rng_key: jax.Array, state: State, posterior: Posterior, numbers: dict, index: jax.Array) -> tuple[State, Info]:
-        p = state.parameters
-        mclmc, info = kernel(rng_key, state.mclmc, posterior.logdensity_fn, p.inverse_mass_matrix, p.L, p.step_size)
+        tuned, length = state.adaptation, root_dim(state.position)
+        # While the mass matrix is 1, a direction's length is in units of the step.
+        mclmc, info = kernel(
+            rng_key, state.mclmc, posterior.logdensity_fn, tuned.inverse_mass_matrix, length, tuned.step_size
+        )
+        error = jnp.where(info.nonans, info.energy_change / length, jnp.nan)
+        tuned = adaptation.update(tuned, mclmc.position, error, numbers, index)
         difference = posterior.loss_difference(mclmc.position, mclmc.logdensity)
-        diverged = 1 - info.nonans.astype(difference.dtype)
-        return State(mclmc, p), Info(difference, jnp.ones_like(difference), diverged)
+        failed = ~(jnp.abs(error) < MAX_ERROR * jnp.sqrt(numbers["desired_energy_var"]))
+        one = jnp.ones_like(difference)
+        return State(mclmc, tuned), Info(difference, one, failed.astype(one.dtype), GRADIENTS_PER_STEP * one)
 
     return Sampler(init, step)

@@ -7,10 +7,29 @@ from typing import Annotated
 from pydantic import Field
 
 from lambda_hat.target import Dataset, Objective, Target, TargetSpec
-from lambda_hat.targets.analytic import DeepLinearSpec, QuadraticSpec
-from lambda_hat.targets.classification import DigitsSpec
+from lambda_hat.targets.analytic import DeepLinearSpec, QuadraticSpec, ReducedRankSpec
+from lambda_hat.targets.classification import DigitsCnnSpec, DigitsSpec, FashionMnistCnnSpec, FashionMnistSpec
+from lambda_hat.targets.custom import CustomSpec
+from lambda_hat.targets.modular_addition import ModularAdditionSpec
+from lambda_hat.targets.singular import NormalCrossingSpec, TanhSpec
+from lambda_hat.targets.superposition import SuperpositionSpec
 from lambda_hat.targets.supervised import MlpSpec
 
-AnyTargetSpec = Annotated[MlpSpec | DigitsSpec | QuadraticSpec | DeepLinearSpec, Field(discriminator="family")]
+AnyTargetSpec = Annotated[
+    MlpSpec
+    | DigitsSpec
+    | DigitsCnnSpec
+    | FashionMnistSpec
+    | FashionMnistCnnSpec
+    | ModularAdditionSpec
+    | SuperpositionSpec
+    | CustomSpec
+    | QuadraticSpec
+    | NormalCrossingSpec
+    | DeepLinearSpec
+    | ReducedRankSpec
+    | TanhSpec,
+    Field(discriminator="family"),
+]
 
 __all__ = ["AnyTargetSpec", "Dataset", "Objective", "Target", "TargetSpec"]

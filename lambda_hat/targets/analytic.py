@@ -1,7 +1,8 @@
-"""Targets whose learning coefficient is known exactly: a quadratic and deep linear networks."""
+"""Targets whose learning coefficient is known exactly: a quadratic, deep linear networks and reduced-rank regression."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from typing import Literal, Self
@@ -18,8 +19,10 @@ from lambda_hat.target import (
     DataSpec,
     Objective,
     Params,
+    Save,
     Target,
     TargetSpec,
+    Unfinished,
     mean_loss_float64,
     num_params,
 )
@@ -49,7 +52,7 @@ class QuadraticSpec(TargetSpec):
         """h, shape (d,), descending."""
         return np.geomspace(1.0, 1.0 / self.condition_number, self.dim)
 
-    def build(self, progress: Progress = no_progress) -> Target:
+    def build(self, progress: Progress = no_progress, resume: Unfinished | None = None, save: Save | None = None) -> Target:
         samples = data.normal((self.seed, 0), (self.data.n_data, self.dim), self.data.noise_scale).astype(self.precision)
         mean = np.mean(samples, axis=0, dtype=np.float64).astype(self.precision)
         curvatures = self.curvatures().astype(self.precision)
@@ -97,18 +100,10 @@ class DeepLinearSpec(TargetSpec):
 
     @model_validator(mode="after")
     def _rank_fits(self) -> Self:
-        if min(self.widths) < 1:
-            raise ValueError(f"every width must be at least 1; got widths={list(self.widths)}")
-        if self.rank > min(self.widths):
-            raise ValueError(f"rank must be at most the smallest width, {min(self.widths)}; got rank={self.rank}")
-        if self.data.n_data < 10 * self.widths[0]:
-            raise ValueError(
-                f"data.n_data must be at least ten times the first width, {10 * self.widths[0]}, or the inputs do not span "
-                f"their space and the exact llc does not hold; got {self.data.n_data}"
-            )
+        _check_deep_linear(self.widths, self.rank, self.data.n_data)
         return self
 
-    def build(self, progress: Progress = no_progress) -> Target:
+    def build(self, progress: Progress = no_progress, resume: Unfinished | None = None, save: Save | None = None) -> Target:
         rng = np.random.default_rng(self.seed)
         bases = [np.linalg.qr(rng.standard_normal((width, max(self.rank, 1))))[0][:, : self.rank] for width in self.widths]
         layers = [outer @ np.diag(rng.uniform(0.5, 1.5, self.rank)) @ inner.T for inner, outer in itertools.pairwise(bases)]
@@ -125,12 +120,56 @@ class DeepLinearSpec(TargetSpec):
             "cholesky": np.linalg.cholesky(second_moment).astype(self.precision),
         }
         dataset = Dataset({"x": x}, constants)
+        exact = deep_linear_llc(self.widths, self.rank)
         metrics = {
             "init_loss": mean_loss_float64(self.objective(), params, dataset),
             "num_params": num_params(params), "num_data": self.data.n_data,
-            "true_llc": str(deep_linear_llc(self.widths, self.rank).llc),
+            "true_llc": str(exact.llc), "multiplicity": exact.multiplicity,
         }  # fmt: skip
         return Target(self, params, dataset, metrics)
+
+    def objective(self) -> Objective:
+        return _DEEP_LINEAR
+
+
+def _check_deep_linear(widths: tuple[int, ...], rank: int, n_data: int) -> None:
+    """Raises ValueError where the exact llc does not hold."""
+    if min(widths) < 1:
+        raise ValueError(f"every width must be at least 1; got widths={list(widths)}")
+    if rank > min(widths):
+        raise ValueError(f"rank must be at most the smallest width, {min(widths)}; got rank={rank}")
+    if n_data < 10 * widths[0]:
+        raise ValueError(
+            f"data.n_data must be at least ten times the first width, {10 * widths[0]}, or the inputs do not span "
+            f"their space and the exact llc does not hold; got {n_data}"
+        )
+
+
+class ReducedRankSpec(TargetSpec):
+    """Reduced-rank regression: a deep linear network of two layers, exact llc by Aoyagi and Watanabe (2005).
+
+    f(x) = B A x with A (hidden_dim, input_dim) and B (output_dim, hidden_dim), l(w; x) = 1/2 |f(x) - B0 A0 x|^2; else as `dln`.
+    """
+
+    family: Literal["reduced_rank"] = "reduced_rank"
+    data: DeepLinearData = DeepLinearData(n_data=1_000_000)
+    input_dim: int = Field(5, ge=1, description="dimension of x")
+    hidden_dim: int = Field(4, ge=1, description="largest rank the model can have")
+    output_dim: int = Field(5, ge=1, description="dimension of f(x)")
+    rank: int = Field(2, ge=0, description="rank r of the true map, and of A and of B at w*")
+
+    @model_validator(mode="after")
+    def _rank_fits(self) -> Self:
+        _check_deep_linear(self._widths, self.rank, self.data.n_data)
+        return self
+
+    @property
+    def _widths(self) -> tuple[int, ...]:
+        return self.input_dim, self.hidden_dim, self.output_dim
+
+    def build(self, progress: Progress = no_progress, resume: Unfinished | None = None, save: Save | None = None) -> Target:
+        spec = DeepLinearSpec(seed=self.seed, precision=self.precision, data=self.data, widths=self._widths, rank=self.rank)
+        return dataclasses.replace(spec.build(), spec=self)
 
     def objective(self) -> Objective:
         return _DEEP_LINEAR

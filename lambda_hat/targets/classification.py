@@ -1,82 +1,190 @@
-"""Classification targets: scikit-learn's handwritten digits by an MLP."""
+"""Classification targets: handwritten digits and Fashion-MNIST, by an MLP or a small CNN."""
 
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from collections.abc import Callable
+from typing import ClassVar, Literal, Self
 
+import haiku as hk
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lambda_hat import data
 from lambda_hat.chunks import Progress, no_progress
-from lambda_hat.networks import ModelSpec, mlp
+from lambda_hat.networks import CnnSpec, ModelSpec, cnn, mlp
 from lambda_hat.target import (
+    OBSERVABLE_SIZE,
     Dataset,
     DataSpec,
     Objective,
     Params,
+    Save,
     Target,
-    TargetSpec,
-    mean_loss_float64,
-    num_params,
+    Unfinished,
+    mean_float64,
 )
-from lambda_hat.training import TrainingSpec, train
+from lambda_hat.training import TrainedSpec, TrainingSpec, Untrained, train_target
 
 NUM_CLASSES = 10
 
+#: (params, dataset) -> (B, classes).
+Logits = Callable[[Params, Dataset], jax.Array]
+
 
 class DigitsData(DataSpec):
-    """The first n_data of the 1797 shuffled 8x8 images; the others are the test set."""
+    """scikit-learn's 1797 images of 8x8 pixels, shuffled: the first n_data train, the next n_test test."""
 
-    n_data: int = Field(1500, ge=2, le=1796, description="number of training images n; the rest of 1797 test")
+    n_data: int = Field(1500, ge=2, description="number of training images n")
+    n_test: int = Field(297, ge=1, description="number of test images")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.n_data + self.n_test > 1797:
+            raise ValueError(f"n_data and n_test must be at most 1797 together; got {self.n_data} and {self.n_test}: lower one")
+        return self
 
 
-class DigitsSpec(TargetSpec):
-    """Handwritten digits classified by a multilayer perceptron.
+class FashionMnistData(DataSpec):
+    """The first images of Fashion-MNIST's training and test sets, 28x28 pixels."""
 
-    Cross-entropy l(w; x, y) = -log softmax(f(x; w))_y, in nats.
-    """
+    n_data: int = Field(10_000, ge=2, le=60_000, description="number of training images n")
+    n_test: int = Field(2000, ge=1, le=10_000, description="number of test images")
+
+
+class _ClassificationSpec(TrainedSpec):
+    """Cross-entropy l(w; x, y) = -log softmax(f(x; w))_y, in nats. A family names its images and its network."""
+
+    side: ClassVar[int]
+
+    def images(self) -> tuple[Dataset, Dataset]:
+        """Training and test images: x (n, side * side) in the target's precision, y (n,) int32."""
+        raise TypeError(f"{type(self).__name__} has no images")
+
+    def network(self) -> hk.Transformed:
+        """(batch, side * side) -> (batch, NUM_CLASSES), the same object for equal networks."""
+        raise TypeError(f"{type(self).__name__} has no network")
+
+    def build(self, progress: Progress = no_progress, resume: Unfinished | None = None, save: Save | None = None) -> Target:
+        dataset, test = self.images()
+        init_key, training_key = jax.random.split(jax.random.key(self.seed))
+        with jax.enable_x64(self.precision == "float64"):
+            params = jax.jit(self.network().init)(init_key, dataset.samples["x"][:1])
+        labels = dataset.samples["y"]
+        groups = {f"class_{label}": np.flatnonzero(labels == label) for label in range(NUM_CLASSES)}
+        observables = {"test": test.take(np.arange(test.num_data)[:OBSERVABLE_SIZE])} | {
+            name: dataset.take(indices[:OBSERVABLE_SIZE]) for name, indices in groups.items() if len(indices)
+        }
+        measure = classification_measure(_logits(self.network()), dataset, test)
+        return train_target(self, Untrained(params, dataset, training_key, observables, measure), progress, resume, save)
+
+    def objective(self) -> Objective:
+        return cross_entropy(_logits(self.network()))
+
+
+class _DigitsImages(_ClassificationSpec):
+    data: DigitsData = DigitsData()
+    training: TrainingSpec = TrainingSpec()
+    side = 8
+
+    def images(self) -> tuple[Dataset, Dataset]:
+        x, y = data.digits(self.seed)
+        x = x.astype(self.precision)
+        end = self.data.n_data
+        train, test = slice(end), slice(end, end + self.data.n_test)
+        return Dataset({"x": x[train], "y": y[train]}, {}), Dataset({"x": x[test], "y": y[test]}, {})
+
+
+class _FashionMnistImages(_ClassificationSpec):
+    data: FashionMnistData = FashionMnistData()
+    training: TrainingSpec = TrainingSpec(learning_rate=1e-3, batch_size=256)
+    side = 28
+
+    def images(self) -> tuple[Dataset, Dataset]:
+        (x, y), (x_test, y_test) = (data.fashion_mnist(part) for part in ("train", "t10k"))
+        n, n_test = self.data.n_data, self.data.n_test
+        return (
+            Dataset({"x": x[:n].astype(self.precision), "y": y[:n]}, {}),
+            Dataset({"x": x_test[:n_test].astype(self.precision), "y": y_test[:n_test]}, {}),
+        )
+
+
+class DigitsSpec(_DigitsImages):
+    """scikit-learn's handwritten digits classified by a multilayer perceptron."""
 
     family: Literal["digits"] = "digits"
     model: ModelSpec = ModelSpec()
-    data: DigitsData = DigitsData()
-    training: TrainingSpec = TrainingSpec()
 
-    def build(self, progress: Progress = no_progress) -> Target:
-        x, y, x_test, y_test = data.digits(self.data.n_data, self.seed)
-        x, x_test = x.astype(self.precision), x_test.astype(self.precision)
-        dataset = Dataset({"x": x, "y": y}, {})
-        network = mlp(self.model, NUM_CLASSES)
-        with jax.enable_x64(self.precision == "float64"):
-            init_key, training_key = jax.random.split(jax.random.key(self.seed))
-            params = network.init(init_key, x[:1])
-            params, history = train(self.training, self.objective(), params, dataset, training_key, progress)
-            accuracy = [
-                float(np.mean(np.argmax(network.apply(params, inputs), axis=1) == labels))
-                for inputs, labels in ((x, y), (x_test, y_test))
-            ]
-        params = jax.tree.map(np.asarray, params)
-        metrics = {
-            "init_loss": mean_loss_float64(self.objective(), params, dataset),
-            "num_params": num_params(params), "num_data": self.data.n_data,
-            "train_accuracy": accuracy[0], "test_accuracy": accuracy[1],
-        }  # fmt: skip
-        return Target(self, params, dataset, metrics, history)
+    def network(self) -> hk.Transformed:
+        return mlp(self.model, NUM_CLASSES)
 
-    def objective(self) -> Objective:
-        return cross_entropy(self.model)
+
+class DigitsCnnSpec(_DigitsImages):
+    """scikit-learn's handwritten digits classified by a small convolutional network."""
+
+    family: Literal["digits_cnn"] = "digits_cnn"
+    model: CnnSpec = CnnSpec()
+
+    def network(self) -> hk.Transformed:
+        return cnn(self.model, self.side, NUM_CLASSES)
+
+
+class FashionMnistSpec(_FashionMnistImages):
+    """Fashion-MNIST classified by a multilayer perceptron."""
+
+    family: Literal["fashion_mnist"] = "fashion_mnist"
+    model: ModelSpec = ModelSpec()
+
+    def network(self) -> hk.Transformed:
+        return mlp(self.model, NUM_CLASSES)
+
+
+class FashionMnistCnnSpec(_FashionMnistImages):
+    """Fashion-MNIST classified by a small convolutional network."""
+
+    family: Literal["fashion_mnist_cnn"] = "fashion_mnist_cnn"
+    model: CnnSpec = CnnSpec()
+
+    def network(self) -> hk.Transformed:
+        return cnn(self.model, self.side, NUM_CLASSES)
 
 
 @functools.cache
-def cross_entropy(model: ModelSpec) -> Objective:
-    """-log softmax(f(x))_y, in nats."""
-    network = mlp(model, NUM_CLASSES)
+def _logits(network: hk.Transformed) -> Logits:
+    return lambda params, dataset: network.apply(params, dataset.samples["x"])
+
+
+@functools.cache
+def cross_entropy(logits: Logits) -> Objective:
+    """-log softmax(logits)_y with the labels y, in nats."""
 
     def per_sample_loss(params: Params, dataset: Dataset) -> jax.Array:
-        logits = network.apply(params, dataset.samples["x"])
-        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, dataset.samples["y"])
+        return optax.losses.softmax_cross_entropy_with_integer_labels(logits(params, dataset), dataset.samples["y"])
 
     return Objective(per_sample_loss)
+
+
+def classification_measure(logits: Logits, dataset: Dataset, test: Dataset) -> Callable[[Params], dict[str, float]]:
+    """Loss and accuracy on the training and the test data, as functions of the parameters."""
+
+    def measure(params: Params) -> dict[str, float]:
+        train_values, test_values = (mean_float64(_loss_and_accuracy(logits), params, part) for part in (dataset, test))
+        return {
+            "init_loss": train_values["loss"], "train_accuracy": train_values["accuracy"],
+            "test_loss": test_values["loss"], "test_accuracy": test_values["accuracy"],
+        }  # fmt: skip
+
+    return measure
+
+
+@functools.cache
+def _loss_and_accuracy(logits: Logits) -> Callable[[Params, Dataset], dict[str, jax.Array]]:
+    def values(params: Params, dataset: Dataset) -> dict[str, jax.Array]:
+        predicted, labels = logits(params, dataset), dataset.samples["y"]
+        loss = optax.losses.softmax_cross_entropy_with_integer_labels(predicted, labels)
+        return {"loss": loss, "accuracy": jnp.argmax(predicted, axis=1) == labels}
+
+    return values

@@ -5,38 +5,37 @@ from __future__ import annotations
 import functools
 from typing import Literal
 
-import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 from pydantic import Field
 
-from lambda_hat import data
 from lambda_hat.chunks import Progress, no_progress
+from lambda_hat.data import RegressionData, draw_inputs, draw_noise
 from lambda_hat.networks import ModelSpec, mlp
 from lambda_hat.target import (
+    OBSERVABLE_SIZE,
     Dataset,
-    DataSpec,
     Objective,
     Params,
+    Save,
     Target,
-    TargetSpec,
+    Unfinished,
     mean_loss_float64,
-    num_params,
 )
-from lambda_hat.training import TrainingSpec, train
+from lambda_hat.training import TrainedSpec, TrainingSpec, Untrained, train_target
+
+#: Fresh samples whose mean loss is the test loss.
+TEST_SIZE = 1000
 
 
-class TeacherData(DataSpec):
-    """x ~ N(0, I), y = teacher(x) + N(0, noise_scale^2 I); the teacher's outputs are scaled to unit variance."""
+class TeacherData(RegressionData):
+    """y = teacher(x) + noise, the teacher's outputs scaled to unit variance; without a teacher y is the noise alone."""
 
-    input_dim: int = Field(8, ge=1, description="dimension of the inputs")
-    output_dim: int = Field(1, ge=1, description="dimension of the outputs")
-    noise_scale: float = Field(0.1, ge=0, description="standard deviation of the label noise")
-    teacher: ModelSpec = Field(ModelSpec(depth=1, width=4), description="the teacher network")
+    teacher: ModelSpec | None = Field(ModelSpec(depth=1, width=4), description="the teacher network; none = labels are noise")
 
 
-class MlpSpec(TargetSpec):
+class MlpSpec(TrainedSpec):
     """Teacher-student regression by a multilayer perceptron.
 
     l(w; x, y) = 1/2 |f(x; w) - y|^2."""
@@ -46,32 +45,45 @@ class MlpSpec(TargetSpec):
     data: TeacherData = TeacherData()
     training: TrainingSpec = TrainingSpec()
 
-    def build(self, progress: Progress = no_progress) -> Target:
-        keys = jax.random.split(jax.random.key(self.seed), 3)
+    def build(self, progress: Progress = no_progress, resume: Unfinished | None = None, save: Save | None = None) -> Target:
+        teacher_key, student_key, training_key = jax.random.split(jax.random.key(self.seed), 3)
         with jax.enable_x64(self.precision == "float64"):
-            x = data.normal((self.seed, 0), (self.data.n_data, self.data.input_dim)).astype(self.precision)
-            teacher = mlp(self.data.teacher, self.data.output_dim)
-            clean = np.asarray(teacher.apply(_init(teacher, keys[0], x), x))
-            noise = data.normal((self.seed, 1), clean.shape, self.data.noise_scale)
-            y = (clean / np.maximum(clean.std(), 1e-6) + noise).astype(self.precision)
-            dataset = Dataset({"x": x, "y": y}, {})
-            params = _init(mlp(self.model, self.data.output_dim), keys[1], x)
-            params, history = train(self.training, self.objective(), params, dataset, keys[2], progress)
-        params = jax.tree.map(np.asarray, params)
-        metrics = {
-            "init_loss": mean_loss_float64(self.objective(), params, dataset),
-            "noise_loss": 0.5 * float(np.mean(np.sum(np.square(noise), axis=1))),  # what the teacher itself would have
-            "num_params": num_params(params),
-            "num_data": self.data.n_data,
-        }
-        return Target(self, params, dataset, metrics, history)
+            x, x_test = (
+                draw_inputs(self.data, self.seed, stream, size).astype(self.precision)
+                for stream, size in enumerate((self.data.n_data, TEST_SIZE))
+            )
+            clean, clean_test = self._teach(teacher_key, x, x_test)
+            noise, noise_test = (draw_noise(self.data, self.seed, stream, inputs) for stream, inputs in enumerate((x, x_test)))
+            dataset = Dataset({"x": x, "y": (clean + noise).astype(self.precision)}, {})
+            test = Dataset({"x": x_test, "y": (clean_test + noise_test).astype(self.precision)}, {})
+            params = jax.jit(mlp(self.model, self.data.output_dim).init)(student_key, x[:1])
+        objective = self.objective()
+        return train_target(
+            self,
+            Untrained(
+                params, dataset, training_key,
+                observables={"test": test.take(np.arange(OBSERVABLE_SIZE))},
+                measure=lambda params: {
+                    "init_loss": mean_loss_float64(objective, params, dataset),
+                    "test_loss": mean_loss_float64(objective, params, test),
+                },
+                # What the teacher itself would have.
+                metrics={"noise_loss": 0.5 * float(np.mean(np.sum(np.square(noise), axis=1)))},
+            ),
+            progress, resume, save,
+        )  # fmt: skip
+
+    def _teach(self, key: jax.Array, x: np.ndarray, x_test: np.ndarray) -> list[np.ndarray]:
+        """The teacher's outputs, divided by their standard deviation over the training inputs x; 0 without a teacher."""
+        if self.data.teacher is None:
+            return [np.zeros((len(inputs), self.data.output_dim)) for inputs in (x, x_test)]
+        teacher = mlp(self.data.teacher, self.data.output_dim)
+        params = jax.jit(teacher.init)(key, x[:1])
+        outputs = [np.asarray(teacher.apply(params, inputs)) for inputs in (x, x_test)]
+        return [output / np.maximum(outputs[0].std(), 1e-6) for output in outputs]
 
     def objective(self) -> Objective:
         return squared_error(self.model, self.data.output_dim)
-
-
-def _init(network: hk.Transformed, key: jax.Array, x: np.ndarray) -> Params:
-    return network.init(key, x[:1])
 
 
 @functools.cache

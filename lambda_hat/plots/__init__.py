@@ -1,0 +1,47 @@
+"""Plots by name. A new one is one function and its name here; a plot that does not apply returns None."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from matplotlib.figure import Figure
+
+from lambda_hat.diagnostics import Diagnosis
+from lambda_hat.plots.calibration import plot_calibration
+from lambda_hat.plots.datasets import plot_influence, plot_llc_by_dataset
+from lambda_hat.plots.run import (
+    plot_autocorrelation,
+    plot_energy,
+    plot_rank,
+    plot_running_llc,
+    plot_theta_trace,
+    plot_trace,
+)
+from lambda_hat.plots.style import Run, save_png
+from lambda_hat.plots.sweep import plot_llc_vs_true
+from lambda_hat.plots.target import plot_llc_convergence, plot_llc_over_training, plot_temperature
+from lambda_hat.run import RunSpec
+from lambda_hat.sampling import Trace
+
+#: Of one run.
+RUN_PLOTS: dict[str, Callable[[RunSpec, Trace, Diagnosis], Figure | None]] = {
+    "trace": plot_trace,
+    "rank": plot_rank,
+    "running_llc": plot_running_llc,
+    "autocorrelation": plot_autocorrelation,
+    "energy": plot_energy,
+    "theta_trace": plot_theta_trace,
+    "llc_by_dataset": plot_llc_by_dataset,
+    "influence": plot_influence,
+}
+#: Of the runs on one target.
+TARGET_PLOTS: dict[str, Callable[[Sequence[Run]], Figure | None]] = {
+    "llc_convergence": plot_llc_convergence,
+    "calibration": plot_calibration,
+    "llc_over_training": plot_llc_over_training,
+    "temperature": plot_temperature,
+}
+#: Of all runs of a sweep; what they say, without their draws.
+SWEEP_PLOTS: dict[str, Callable[[Sequence[tuple[RunSpec, Diagnosis]]], Figure | None]] = {"llc_vs_true": plot_llc_vs_true}
+
+__all__ = ["RUN_PLOTS", "SWEEP_PLOTS", "TARGET_PLOTS", "Run", "save_png"]

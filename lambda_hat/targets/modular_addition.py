@@ -1,0 +1,143 @@
+"""Modular addition by a transformer of one layer: the network in which grokking was taken apart (arXiv 2301.05217)."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from pydantic import Field, model_validator
+
+from lambda_hat.chunks import Progress, no_progress
+from lambda_hat.spec import Spec
+from lambda_hat.target import (
+    OBSERVABLE_SIZE,
+    Dataset,
+    DataSpec,
+    Objective,
+    Params,
+    Save,
+    Target,
+    Unfinished,
+)
+from lambda_hat.targets.classification import classification_measure, cross_entropy
+from lambda_hat.training import TrainedSpec, TrainingSpec, Untrained, train_target
+
+
+class TransformerSpec(Spec):
+    """One layer of attention and MLP, no layer norm; weights start N(0, 1/fan_in), biases at 0."""
+
+    width: int = Field(64, ge=1, description="dimension of the residual stream")
+    num_heads: int = Field(4, ge=1, description="attention heads, each of dimension width / num_heads")
+    mlp_width: int = Field(128, ge=1, description="hidden units of the MLP")
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.width % self.num_heads:
+            raise ValueError(f"width must be a multiple of num_heads, {self.num_heads}; got {self.width}")
+        return self
+
+    def init(self, seed: tuple[int, int], modulus: int) -> Params:
+        """Initial parameters, float64. Each head's are leaves of their own, so that a posterior can move one head alone."""
+        rng = np.random.default_rng(seed)
+        d, head = self.width, self.width // self.num_heads
+
+        def weights(fan_in: int, fan_out: int) -> np.ndarray:
+            return rng.standard_normal((fan_in, fan_out)) / math.sqrt(fan_in)
+
+        heads = {
+            f"head_{h}": {
+                "query": weights(d, head), "key": weights(d, head), "value": weights(d, head), "output": weights(head, d),
+            }
+            for h in range(self.num_heads)
+        }  # fmt: skip
+        return {
+            # One-hot tokens have one input; the last is the equals sign.
+            "embedding": {
+                name: rng.standard_normal((rows, d)) / math.sqrt(d) for name, rows in (("token", modulus + 1), ("position", 3))
+            },
+            **heads,
+            "mlp": {
+                "in_w": weights(d, self.mlp_width), "in_b": np.zeros(self.mlp_width),
+                "out_w": weights(self.mlp_width, d), "out_b": np.zeros(d),
+            },
+            "unembedding": {"w": weights(d, modulus)},
+        }  # fmt: skip
+
+
+def transformer(params: Params, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Logits of (a + b) mod p at the "=" of the tokens "a b =", (B, p); a and b (B,) integers below p.
+
+    Only the last position is read, and its query q = x_3 W_Q is the same for every sample. So a head's scores are
+    x_t . (W_K q) / sqrt(d_head), and its output is that of the weighted mean of the x_t: exact, without a product per token.
+    """
+    tokens, positions = params["embedding"]["token"], params["embedding"]["position"]
+    last = tokens[-1] + positions[2]
+    x = jnp.stack(
+        [tokens[a] + positions[0][None], tokens[b] + positions[1][None], jnp.broadcast_to(last, (len(a), len(last)))], 1
+    )
+    stream = last[None]
+    for name in sorted(name for name in params if name.startswith("head_")):
+        head = params[name]
+        direction = head["key"] @ (last @ head["query"]) / math.sqrt(head["key"].shape[1])
+        attention = jax.nn.softmax(x @ direction, axis=1)
+        stream = stream + jnp.einsum("bt,btd->bd", attention, x) @ head["value"] @ head["output"]
+    mlp = params["mlp"]
+    stream = stream + jax.nn.relu(stream @ mlp["in_w"] + mlp["in_b"][None]) @ mlp["out_w"] + mlp["out_b"][None]
+    return stream @ params["unembedding"]["w"]
+
+
+class ModularData(DataSpec):
+    """All pairs (a, b) of numbers below the modulus, shuffled: the first n_data train, the others test."""
+
+    modulus: int = Field(53, ge=2, le=1000, description="p: the sum is taken modulo this, a prime in the literature")
+    n_data: int = Field(1320, ge=2, description="number of training pairs n, of p^2")
+
+    @model_validator(mode="after")
+    def _leaves_a_test(self) -> Self:
+        if self.n_data >= self.modulus**2:
+            raise ValueError(
+                f"n_data must be below modulus^2, {self.modulus**2}, so that pairs are left to test; got {self.n_data}"
+            )
+        return self
+
+
+class ModularAdditionSpec(TrainedSpec):
+    """Modular addition by a one-layer transformer, which generalises long after it has memorised (grokking).
+
+    Cross-entropy l(w; a, b) = -log softmax(f(a, b; w))_{(a+b) mod p}, in nats. Weight decay is the training's, not the loss's.
+    """
+
+    family: Literal["modular_addition"] = "modular_addition"
+    model: TransformerSpec = TransformerSpec()
+    data: ModularData = ModularData()
+    training: TrainingSpec = TrainingSpec(
+        optimizer="adamw",
+        learning_rate=1e-3,
+        schedule="constant",
+        warmup_steps=10,
+        num_steps=2000,
+        beta2=0.98,
+        weight_decay=2.0,
+    )
+
+    def build(self, progress: Progress = no_progress, resume: Unfinished | None = None, save: Save | None = None) -> Target:
+        p, n = self.data.modulus, self.data.n_data
+        pairs = np.random.default_rng((self.seed, 0)).permutation(p * p).astype(np.int32)
+        a, b = pairs // p, pairs % p
+        everything = Dataset({"a": a, "b": b, "y": (a + b) % p}, {})
+        dataset, test = everything.take(np.arange(n)), everything.take(np.arange(n, p * p))
+        params = jax.tree.map(lambda leaf: leaf.astype(self.precision), self.model.init((self.seed, 1), p))
+        observables = {"test": test.take(np.arange(test.num_data)[:OBSERVABLE_SIZE])}
+        key = jax.random.key(self.seed)
+        measure = classification_measure(_logits, dataset, test)
+        return train_target(self, Untrained(params, dataset, key, observables, measure), progress, resume, save)
+
+    def objective(self) -> Objective:
+        return cross_entropy(_logits)
+
+
+def _logits(params: Params, dataset: Dataset) -> jax.Array:
+    return transformer(params, dataset.samples["a"], dataset.samples["b"])
