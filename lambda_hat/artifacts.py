@@ -10,6 +10,7 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,7 +29,7 @@ from lambda_hat.manifest import (
     target_address,
 )
 from lambda_hat.plan import spec_from_json
-from lambda_hat.posterior import num_selected, select
+from lambda_hat.posterior import PosteriorSpec, num_selected, select
 from lambda_hat.run import RunSpec, labels
 from lambda_hat.sampling import Checkpoint, Run, Trace, sample_runs
 from lambda_hat.spec import InvalidInput, content_id
@@ -180,23 +181,16 @@ def find_run_spec(store: Store, text: str) -> RunSpec:
 def diagnose_run(spec: RunSpec, store: Store) -> Manifest:
     """Diagnoses the run, or finds its diagnosis of this version: result.json (also the summary) and the run's plots."""
     from lambda_hat.diagnostics import diagnose
-    from lambda_hat.plots import RUN_PLOTS, save_png
+    from lambda_hat.plots import RUN_PLOTS, draw
 
     address = diagnosis_address(spec.target_id, spec.run_id)
     if (manifest := store.manifest(address)) is not None:
         return manifest
     trace = load_trace(store, spec)
-    target = load_target(store, spec.target_id, spec.target.checkpoint)
-    moving = num_selected(target.params_star, select(target.params_star, spec.posterior.parameters))
-    metrics = target.metrics | {"num_params": moving}
-    if moving < target.metrics["num_params"] or spec.target.checkpoint is not None:
-        metrics["true_llc"] = None  # it is of all parameters, at w*
-    diagnosis = diagnose(spec, trace, metrics)
+    diagnosis = diagnose(spec, trace, _metrics(spec, store))
     result = diagnosis.to_dict()
     files = {"result.json": json.dumps(result, indent=1).encode()}
-    files |= {
-        f"{name}.png": save_png(figure) for name, plot in RUN_PLOTS.items() if (figure := plot(spec, trace, diagnosis)) is not None
-    }
+    files |= _png_files(draw(RUN_PLOTS, spec, trace, diagnosis))
     return store.publish(address, files, spec=spec.model_dump(mode="json"), summary=result)
 
 
@@ -213,8 +207,8 @@ def publish_sweep(specs: Sequence[RunSpec], store: Store) -> Manifest:
       ArtifactError: a run or its diagnosis is damaged.
     """
     from lambda_hat.diagnostics import Diagnosis
-    from lambda_hat.html import ReportRun, ReportTarget, sweep_report
-    from lambda_hat.plots import SWEEP_PLOTS, TARGET_PLOTS, save_png
+    from lambda_hat.html import MAX_RUN_PLOT_BYTES, ReportRun, ReportTarget, sweep_report
+    from lambda_hat.plots import SWEEP_PLOTS, TARGET_PLOTS, draw
 
     address = sweep_address(sweep_id(specs))
     if (manifest := store.manifest(address)) is not None:
@@ -222,7 +216,7 @@ def publish_sweep(specs: Sequence[RunSpec], store: Store) -> Manifest:
     named = sorted(zip(labels(specs), specs, strict=True), key=lambda run: run[1].target_id)
     runs: list[ReportRun] = []
     targets: dict[str, ReportTarget] = {}
-    results, made_at = [], ""
+    results, made_at, room = [], "", MAX_RUN_PLOT_BYTES
     for target_id, of_target in itertools.groupby(named, lambda run: run[1].target_id):
         compared = []
         for label, spec in of_target:
@@ -230,29 +224,45 @@ def publish_sweep(specs: Sequence[RunSpec], store: Store) -> Manifest:
             result = store.read(at, "result.json")
             diagnosed = store.manifest(at)
             assert diagnosed is not None  # it was just read
-            pngs = {name: store.read(at, f"{name}.png") for name in _pngs(diagnosed)}
+            names = [file.name for file in diagnosed.files if file.name.endswith(".png")]
+            room -= sum(diagnosed.file(name).size for name in names)
+            pngs = {name.removesuffix(".png"): store.read(at, name) for name in names} if room >= 0 else {}
             diagnosis = Diagnosis.model_validate_json(result)
             compared.append((spec, load_trace(store, spec), diagnosis))
             runs.append(ReportRun(label, spec, diagnosis, pngs))
             results.append({"target_id": target_id, "run_id": spec.run_id} | json.loads(result))
             made_at = max(made_at, diagnosed.created_at)
-        figures = {name: figure for name, plot in TARGET_PLOTS.items() if (figure := plot(compared)) is not None}
-        target = store.manifest(target_address(target_id))
-        assert target is not None  # its runs were diagnosed with it
-        targets[target_id] = ReportTarget(target.summary, {name: save_png(figure) for name, figure in figures.items()})
-    pairs = [(run.spec, run.diagnosis) for run in runs]
-    over_all = {name: save_png(figure) for name, plot in SWEEP_PLOTS.items() if (figure := plot(pairs)) is not None}
-    files = {f"{name}-{target_id}.png": png for target_id, target in targets.items() for name, png in target.plots.items()}
-    files |= {f"{name}.png": png for name, png in over_all.items()}
+        targets[target_id] = ReportTarget(_summary(target_id, store), draw(TARGET_PLOTS, compared))
+    over_all = draw(SWEEP_PLOTS, [(run.spec, run.diagnosis) for run in runs])
+    files = _png_files(over_all)
+    for target_id, target in targets.items():
+        files |= _png_files(target.plots, f"-{target_id}")
     files["results.json"] = json.dumps(results, indent=1).encode()
     files["report.html"] = sweep_report(address.id, runs, targets, over_all, made_at[:16].replace("T", " ")).encode()
     summary = {"num_runs": len(specs)}
     return store.publish(address, files, spec={"run_ids": sorted(spec.run_id for spec in specs)}, summary=summary)
 
 
-def _pngs(manifest: Manifest) -> list[str]:
-    """Names of its plots."""
-    return [file.name.removesuffix(".png") for file in manifest.files if file.name.endswith(".png")]
+def _png_files(plots: Mapping[str, bytes], suffix: str = "") -> dict[str, bytes]:
+    return {f"{name}{suffix}.png": png for name, png in plots.items()}
+
+
+def _summary(target_id: str, store: Store) -> dict[str, Any]:
+    manifest = store.manifest(target_address(target_id))
+    assert manifest is not None  # a run was sampled from it
+    return manifest.summary
+
+
+def _metrics(spec: RunSpec, store: Store) -> dict[str, Any]:
+    """The target's metrics for a run: at its checkpoint, of the parameters that move."""
+    summary = _summary(spec.target_id, store)
+    metrics = metrics_at(summary, spec.target.checkpoint)
+    if spec.posterior.parameters != PosteriorSpec().parameters:
+        params = load_target(store, spec.target_id).params_star
+        metrics["num_params"] = num_selected(params, select(params, spec.posterior.parameters))
+    if metrics["num_params"] < summary["num_params"] or spec.target.checkpoint is not None:
+        metrics["true_llc"] = None  # it is of all parameters, at w*
+    return metrics
 
 
 def _made_with() -> dict[str, str]:

@@ -22,7 +22,7 @@ from lambda_hat.spec import ALGORITHM_VERSION, dotted
 #: Verdicts after which the number is no estimate; the others are warnings.
 WRONG = ("diverged", "nan chains", "negative llc", "llc above d/2", "loss below w*", "poor approximation")
 
-#: Bytes of plots of single runs that one file takes; the other runs' are in the store.
+#: Bytes of plots of single runs that one file is to hold; the other runs' are in the store alone.
 MAX_RUN_PLOT_BYTES = 12_000_000
 
 #: Of a target, what its card begins with, where it has it; its spec follows.
@@ -42,7 +42,7 @@ COLUMNS: tuple[tuple[str, str, str, str], ...] = (
 
 @dataclass(frozen=True)
 class ReportRun:
-    """A finished run: its (target, sampler) label, and its plots (name -> PNG)."""
+    """A finished run: its (target, sampler) label, and its plots (name -> PNG), none where there is no room for them."""
 
     label: tuple[str, str]
     spec: RunSpec
@@ -87,7 +87,6 @@ def sweep_report(
             for target_id, of_runs in of_target.items()
         ],
         runs=[run for of_runs in of_target.values() for run in of_runs],
-        shown=_shown(runs),
         versions=f"lambda_hat {__version__}, algorithms {ALGORITHM_VERSION}, diagnosis {DIAGNOSIS_VERSION}",
     )  # fmt: skip
 
@@ -137,16 +136,6 @@ def _findings(runs: Sequence[ReportRun]) -> dict[Finding, list[ReportRun]]:
         for finding in run.diagnosis.findings:
             found[finding].append(run)
     return dict(found)
-
-
-def _shown(runs: Sequence[ReportRun]) -> set[str]:
-    """Ids of the runs whose plots there is room for."""
-    shown, room = set(), MAX_RUN_PLOT_BYTES
-    for run in runs:
-        room -= sum(map(len, run.plots.values()))
-        if room >= 0:
-            shown.add(run.spec.run_id)
-    return shown
 
 
 def _sortable(value: float | None) -> str:

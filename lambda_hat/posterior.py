@@ -156,7 +156,7 @@ def to_params(position: jax.Array, params_star: Params, scales: Sequence[jax.Arr
             continue
         shape = next(shapes)
         offset = scales[place] * position[start : start + math.prod(shape)].reshape(shape)
-        leaves[place] = leaves[place] + offset if index == "" else leaves[place].at[_index(index)].add(offset)
+        leaves[place] = leaves[place] + offset if index == "" else jnp.asarray(leaves[place]).at[_index(index)].add(offset)
         start += math.prod(shape)
     return jax.tree.unflatten(structure, leaves)
 

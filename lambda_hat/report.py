@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lambda_hat.artifacts import sweep_id
+from lambda_hat.llc import with_error
 from lambda_hat.manifest import run_address, sweep_address, target_address
 from lambda_hat.run import RunSpec, labels
 from lambda_hat.store import Store
@@ -30,7 +31,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         {
             "target": row["target"],
             "sampler": row["sampler"],
-            "llc": _with_error(row.get("llc"), row.get("mcse")),
+            "llc": with_error(row.get("llc"), row.get("mcse")),
             "exact": _number(row.get("true_llc")),
             "ESS": _number(row.get("ess_bulk"), "{:.0f}"),
             "R-hat": _number(row.get("rhat"), "{:.3f}"),
@@ -41,20 +42,6 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         }
         for row in rows
     ]
-
-
-def _with_error(value: float | None, error: float | None) -> str:
-    """Value and error, to the error's second digit."""
-    if value is None:
-        return "-"
-    if not error:
-        return f"{value:.4g}"
-    places = max(0, 1 - _exponent(error))
-    return f"{value:.{places}f} ± {error:.{places}f}"
-
-
-def _exponent(value: float) -> int:
-    return int(f"{value:e}".split("e")[1])
 
 
 def _number(value: float | None, form: str = "{:.6g}") -> str:
@@ -95,7 +82,11 @@ def plot_places(specs: Sequence[RunSpec], store: Store) -> str:
     if manifest is None:
         return "no run finished, so there are no plots"
     plots = [store.url(address, file.name) for file in manifest.files if file.name.endswith(".png")]
-    return "\n".join(["plots:", *(f"  {plot}" for plot in plots), f"  of one run: lambda-hat show {specs[0].run_id}"])
+    pages = [store.url(address, file.name) for file in manifest.files if file.name.endswith(".html")]
+    return "\n".join([
+        *(f"report: {page}" for page in pages),
+        "plots:", *(f"  {plot}" for plot in plots), f"  of one run: lambda-hat show {specs[0].run_id}",
+    ])  # fmt: skip
 
 
 _RIGHT = {"llc", "exact", "ESS", "R-hat", "FGE", "seconds"}

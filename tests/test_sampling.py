@@ -1,16 +1,17 @@
-"""The sampling loop and the posterior it samples."""
+"""The sampling loop."""
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_samplers import CASES, case, quadratic, spec_of
+from test_samplers import CASES, assert_within, case, quadratic, spec_of
 
 from lambda_hat import chunks
-from lambda_hat.posterior import PosteriorSpec, make_posterior
-from lambda_hat.sampling import Checkpoint, sample
+from lambda_hat.posterior import PosteriorSpec
+from lambda_hat.sampling import Checkpoint, Run, sample, sample_runs
+from lambda_hat.spec import InvalidInput
+from lambda_hat.target import OBSERVABLE_SIZE
+from lambda_hat.theory import quadratic_llc
 
 pytestmark = pytest.mark.usefixtures("library_promotion")
 
@@ -19,9 +20,12 @@ class _Killed(Exception):
     pass
 
 
-def _sample(spec, **options):
+def _sample(spec, *, save=None, resume=None, progress=chunks.no_progress, **posterior):
     target = quadratic()
-    return sample(target.spec.objective(), target.params_star, target.dataset, PosteriorSpec(), spec, **options)
+    return sample(
+        target.spec.objective(), target.params_star, target.dataset, PosteriorSpec(**posterior), spec,
+        save=save, resume=resume, progress=progress,
+    )  # fmt: skip
 
 
 @case
@@ -70,57 +74,76 @@ def test_progress_reaches_the_end():
 
 
 def test_work_is_counted():
-    """FGE against a count of the gradients actually asked for."""
-    sgld = spec_of("sgld", num_draws=30, num_burnin_steps=41, num_steps_bw_draws=20, batch_size=100)
-    assert sgld.fge(1000) == pytest.approx(4 * (60 + 600) * 0.1)
+    """The planned work (FGE) is the gradients asked for; the recorded one adds the trials of the step size."""
+    fields = {"num_draws": 30, "num_burnin_steps": 41, "num_steps_bw_draws": 20, "batch_size": 100, "step_size": 1e-5}
+    sgld = spec_of("sgld", **fields)
+    assert sgld.fge(1000) == pytest.approx(4 * (60 + 600) * 0.2)  # control variates take two gradients
+    assert spec_of("sgld", **fields, gradient="plain").fge(1000) == pytest.approx(4 * (60 + 600) * 0.1)
+    trials = 4 * 14 * 2 * 0.2  # of 660 steps, every 50th from the first
+    assert _sample(sgld).draws["work"].sum() == pytest.approx(sgld.fge(1000) + trials)
     hmc = spec_of("hmc", num_draws=30, num_burnin_steps=40, num_integration_steps=7)
     assert hmc.fge(1000) == 4 * 70 * 7
-    mclmc = spec_of("mclmc", num_draws=30, num_burnin_steps=40, num_steps_bw_draws=5, num_tuning_steps=100)
-    assert mclmc.fge(1000) == 4 * (40 + 150 + 100) * 2
 
 
-def _posterior(target, nbeta, localization):
-    objective = target.spec.objective()
-    params_star, dataset = jax.device_put((target.params_star, target.dataset))
-    star = objective.per_sample_loss(params_star, dataset)
-    return make_posterior(objective, params_star, dataset, star, jnp.asarray(nbeta), jnp.asarray(localization)), star
+RUNS = [Run(PosteriorSpec(nbeta=nbeta, localization=nbeta / 50), spec_of("hmc", num_draws=300, seed=seed))
+        for seed, nbeta in enumerate([50.0, 150.0, 500.0])]  # fmt: skip
 
 
-def test_posterior_gradient_by_finite_differences():
-    posterior, _ = _posterior(quadratic("float64"), 150.0, 3.0)
-    rng = np.random.default_rng(0)
-    w = np.asarray(posterior.position_star) + 0.1 * rng.standard_normal(6)
-    gradient = np.asarray(jax.grad(posterior.logdensity_fn)(w))
-    for i in range(6):
-        step = 1e-6 * np.eye(6)[i]
-        numeric = float(posterior.logdensity_fn(w + step) - posterior.logdensity_fn(w - step)) / 2e-6
-        assert gradient[i] == pytest.approx(numeric, rel=1e-6)
-    assert posterior.logdensity_fn(posterior.position_star) == 0
-    exact = 0.5 * np.sum(quadratic().spec.curvatures() * np.square(w - np.asarray(posterior.position_star)))
-    assert posterior.loss_difference(w, posterior.logdensity_fn(w)) == pytest.approx(exact, rel=1e-9)
+def _sample_runs(runs, **options):
+    target = quadratic()
+    return sample_runs(target.spec.objective(), target.params_star, target.dataset, runs, **options)
 
 
-def test_minibatch_estimates_are_unbiased_and_pairing_reduces_noise():
-    target = quadratic("float64")
-    dataset = jax.device_put(target.dataset)
-    posterior, star = _posterior(target, 150.0, 3.0)
-    w = posterior.position_star + 0.05
-    keys = jax.random.split(jax.random.key(0), 4000)
-    differences, gradients = jax.vmap(lambda key: posterior.minibatch_difference_and_grad(w, key, 32))(keys)
-    exact = float(posterior.loss_difference(w, posterior.logdensity_fn(w)))
-    error = differences.std() / len(keys) ** 0.5
-    assert abs(differences.mean() - exact) < 3 * error
-    full = target.spec.curvatures() * (w - posterior.position_star)
-    gradient_error = gradients.std(axis=0) / len(keys) ** 0.5
-    assert (jnp.abs(gradients.mean(axis=0) - full) < 4 * gradient_error).all()
-
-    def unpaired(key):
-        indices = jax.random.randint(key, (32,), 0, 1000)
-        return jnp.mean(target.spec.objective().per_sample_loss({"w": w}, dataset.take(indices))) - jnp.mean(star)
-
-    assert differences.std() < 0.2 * jax.vmap(unpaired)(keys).std()
+def test_runs_sampled_together_are_the_runs_sampled_alone():
+    traces = _sample_runs(RUNS)
+    for run, trace in zip(RUNS, traces, strict=True):
+        alone = _sample_runs([run])[0]
+        np.testing.assert_allclose(trace.draws["loss_difference"][:, :20], alone.draws["loss_difference"][:, :20], rtol=1e-3)
+        exact = quadratic_llc(quadratic().spec.curvatures(), run.posterior.nbeta, run.posterior.localization)
+        assert_within(run.posterior.nbeta * trace.posterior_draws("loss_difference"), exact)
 
 
-def test_default_nbeta_is_wbic():
-    assert PosteriorSpec().resolve_nbeta(1000) == pytest.approx(1000 / np.log(1000))
-    assert PosteriorSpec(nbeta=7).resolve_nbeta(1000) == 7
+def test_a_part_of_the_runs_resumes_in_its_lanes(monkeypatch):
+    monkeypatch.setattr(chunks, "CHUNK_SECONDS", 0.01)
+    whole = _sample_runs(RUNS)
+    saved: list[list[Checkpoint]] = []
+    _sample_runs(RUNS, save=saved.append)
+    checkpoints = saved[len(saved) // 2]
+    assert [(checkpoint.lane, checkpoint.num_lanes) for checkpoint in checkpoints] == [(0, 3), (1, 3), (2, 3)]
+    resumed = _sample_runs([RUNS[2], RUNS[0]], resume=[checkpoints[2], checkpoints[0]], lanes=([2, 0], 3))
+    for trace, expected in zip(resumed, (whole[2], whole[0]), strict=True):
+        for name, draws in expected.draws.items():
+            np.testing.assert_array_equal(trace.draws[name], draws)
+
+
+def test_observables_are_per_sample_losses_at_the_draws():
+    """Each run gets its own, whatever the others observe; they average to the full-data loss."""
+    target = quadratic()
+    few = target.dataset.take(np.arange(3))
+    plain = spec_of("hmc", num_draws=20)
+    names = [(), ("few", "train"), ("train",)]
+    runs = [Run(PosteriorSpec(), plain.model_copy(update={"observables": own})) for own in names]
+    nothing, both, train = _sample_runs(runs, observables={"few": few, "unused": few})
+    assert "observed" not in nothing.draws
+    assert both.observables == {"few": 3, "train": OBSERVABLE_SIZE}
+    assert both.draws["observed"].shape == (4, plain.num_burnin_draws + 20, 3 + OBSERVABLE_SIZE)
+    np.testing.assert_array_equal(both.draws["observed"][..., 3:], train.draws["observed"])
+    everything = Run(PosteriorSpec(), plain.model_copy(update={"observables": ("all",)}))
+    all_samples = _sample_runs([everything], observables={"all": target.dataset})[0]
+    np.testing.assert_allclose(
+        all_samples.draws["observed"].mean(axis=2), all_samples.draws["loss_difference"], rtol=1e-3, atol=1e-6
+    )
+
+
+def test_an_unknown_observable_is_refused():
+    run = Run(PosteriorSpec(), spec_of("hmc", observables=("tset",)))
+    with pytest.raises(InvalidInput, match=r"got 'tset'.*This target has: train, test"):
+        _sample_runs([run], observables={"test": quadratic().dataset})
+
+
+def test_masked_parameters_stay():
+    """The llc of part of a quadratic is that part's."""
+    trace = _sample(spec_of("hmc", num_draws=1000), parameters=("w[1:4]",), nbeta=150.0)
+    assert trace.draws["coordinates"].shape[2] == 3
+    exact = quadratic_llc(quadratic().spec.curvatures()[1:4], 150.0, 1.0)
+    assert_within(150.0 * trace.posterior_draws("loss_difference"), exact)

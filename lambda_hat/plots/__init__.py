@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -44,4 +45,12 @@ TARGET_PLOTS: dict[str, Callable[[Sequence[Run]], Figure | None]] = {
 #: Of all runs of a sweep; what they say, without their draws.
 SWEEP_PLOTS: dict[str, Callable[[Sequence[tuple[RunSpec, Diagnosis]]], Figure | None]] = {"llc_vs_true": plot_llc_vs_true}
 
-__all__ = ["RUN_PLOTS", "SWEEP_PLOTS", "TARGET_PLOTS", "Run", "save_png"]
+
+
+def draw(plots: Mapping[str, Callable[..., Figure | None]], *content: Any) -> dict[str, bytes]:
+    """The plots of this content that apply, as PNG files: name -> bytes."""
+    figures = {name: plot(*content) for name, plot in plots.items()}
+    return {name: save_png(figure) for name, figure in figures.items() if figure is not None}
+
+
+__all__ = ["RUN_PLOTS", "SWEEP_PLOTS", "TARGET_PLOTS", "Run", "draw", "save_png"]
