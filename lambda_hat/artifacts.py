@@ -123,9 +123,7 @@ def _publish_run(spec: RunSpec, trace: Trace, store: Store) -> Manifest:
         "observables": trace.observables, "made_with": _made_with(),
     }  # fmt: skip
     address = run_address(spec.target_id, spec.run_id)
-    return store.publish(
-        address, {"trace.npz": pack_arrays(trace.draws)}, spec=spec.model_dump(mode="json"), summary=summary
-    )
+    return store.publish(address, {"trace.npz": pack_arrays(trace.draws)}, spec=spec.model_dump(mode="json"), summary=summary)
 
 
 def _save_checkpoints(store: Store, addresses: Sequence[Address], checkpoints: Sequence[Checkpoint]) -> None:

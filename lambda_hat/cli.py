@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lambda_hat import __version__
+from lambda_hat import __version__, gallery
 from lambda_hat.manifest import Address, ArtifactError, diagnosis_address
 from lambda_hat.settings import load_settings
 from lambda_hat.spec import InvalidInput, dotted
 from lambda_hat.store import Store
+from lambda_hat.text import with_error
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,12 +28,6 @@ LS_COLUMNS = {
     "sweeps": ["id", "num_runs", "created_at"],
 }
 KINDS = {"targets": "target", "runs": "run", "sweeps": "sweep"}
-
-#: Columns of the results table; csv, json and parquet hold all.
-RESULT_COLUMNS = [
-    "id", "spec.target.family", "spec.sampler.kind", "spec.sampler.step_size", "llc", "mcse", "true_llc", "ess_bulk", "rhat",
-    "fge", "seconds", "verdict",
-]  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -68,14 +65,59 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--json", action="store_true", help="print JSON")
     show.set_defaults(run=_show)
 
-    results = commands.add_parser("results", parents=[common], help="every diagnosed run of the store in one table")
+    chosen = argparse.ArgumentParser(add_help=False)
+    chosen.add_argument(
+        "--where", metavar="COLUMN=VALUE", nargs="+", default=[], help="only runs with these, e.g. sampler.kind=sgld verdict=ok"
+    )
+    chosen.add_argument("--sweep", metavar="ID", help='only runs of this sweep; "latest" for the latest')
+
+    results = _command(
+        commands, "results", [common, chosen], "every diagnosed run of the store in one table",
+        "The table shows in which fields runs of a family or a kind differ, and the results. csv, json and parquet hold every\n"
+        "column: ids, the whole spec, every estimate with its error, the verdict.",
+        "lambda-hat results",
+        "lambda-hat results --where sampler.kind=sgld verdict=ok",
+        "lambda-hat results --sweep latest --format csv --output results.csv",
+        "lambda-hat results --store s3://bucket/prefix --format parquet --output results.parquet",
+    )  # fmt: skip
     results.add_argument("--format", choices=["table", "csv", "json", "parquet"], default="table", help="default: table")
     results.add_argument("--output", metavar="FILE", help="write to a file (needed for parquet)")
     results.set_defaults(run=_results)
 
+    report = _command(
+        commands, "report", [common], "a sweep as one HTML file that needs nothing else",
+        "Results that sort, what to change, plots and configurations; made when the sweep finished, to open, send or print.",
+        "lambda-hat report",
+        "lambda-hat report swp_12 --output report.html",
+    )  # fmt: skip
+    report.add_argument(
+        "sweep", nargs="?", default="latest", metavar="ID", help="of a sweep, or its beginning (default: latest)"
+    )
+    report.add_argument("--output", metavar="FILE", help="default: <id of the sweep>.html")
+    report.set_defaults(run=_report)
+
+    promote = _command(
+        commands, "promote", [common, chosen], "the latest plot of each kind to a folder, with a gallery",
+        "Copies the latest plots of each family of targets and sampler, and of the sweeps over them, under names that stay\n"
+        "the same from call to call (mlp-sgld-trace.png), and writes README.md, which shows them.",
+        "lambda-hat promote --to docs/gallery",
+        "lambda-hat promote --to docs/gallery --plot trace llc_convergence --where target.family=mlp",
+    )  # fmt: skip
+    promote.add_argument("--to", metavar="DIR", default="gallery", help="folder, made if need be (default: gallery)")
+    promote.add_argument("--plot", metavar="NAME", nargs="+", default=[], help="only these plots, e.g. trace llc_convergence")
+    promote.set_defaults(run=_promote)
+
     verify = commands.add_parser("verify", parents=[common], help="check every byte of every artifact against its SHA-256")
     verify.set_defaults(run=_verify)
     return parser
+
+
+def _command(commands: Any, name: str, parents: list[argparse.ArgumentParser], line: str, text: str, *examples: str) -> Any:
+    """A command whose help has more than a line: `text` and examples."""
+    return commands.add_parser(
+        name, parents=parents, help=line, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f"{line[0].upper()}{line[1:]}.\n\n{text}", epilog="\n  ".join(["examples:", *examples]),
+    )  # fmt: skip
 
 
 def _kind(text: str) -> str:
@@ -121,19 +163,57 @@ def _show(store: Store, options: argparse.Namespace) -> int:
         return 0
     for kind, fields in content.items():
         print(f"{kind} {fields['id']}, made {fields['created_at']}")
+        if kind == "diagnosis":
+            found = fields["summary"]
+            exact = f", exact {found['true_llc_text']}" if found["true_llc_text"] else ""
+            print(f"  llc {with_error(found['llc'], found['mcse'])}{exact}: {found['verdict']}")
         for section in ("spec", "summary", "files"):
             if kind == "diagnosis" and section == "spec":
                 continue  # the run's own, shown above
             print(f"  {section}")
             for name, value in dotted(fields[section]).items():
-                print(f"    {name:32} {value}")
+                if kind == "diagnosis" and value in (None, []):
+                    continue  # what this run does not give
+                if isinstance(value, list) and value and isinstance(value[0], dict):
+                    print(f"    {name}\n{textwrap.indent(_rows(value), ' ' * 6)}")
+                else:
+                    print(f"    {name:32} {value}")
+    return 0
+
+
+def _rows(values: list[dict[str, Any]]) -> str:
+    """What there are several of: findings as sentences, chains as a table."""
+    if "remedy" in values[0]:
+        return "\n".join(f"{finding['verdict']}: {finding['remedy']}" for finding in values)
+    import pandas as pd
+
+    return _text(pd.DataFrame(values).rename_axis("chain").reset_index())
+
+
+def _report(store: Store, options: argparse.Namespace) -> int:
+    address = gallery.find_sweep(store, options.sweep)
+    manifest = store.manifest(address)
+    if manifest is None or all(file.name != "report.html" for file in manifest.files):
+        raise InvalidInput(
+            f"A sweep has a report since this version of lambda_hat; {address.id} has none. "
+            "Call its sweep again: nothing is sampled twice."
+        )
+    output = options.output or f"{address.id}.html"
+    _write(output, store.read(address, "report.html"))
+    print(f"{output}: {manifest.summary['num_runs']} runs of {address.id}")
+    return 0
+
+
+def _promote(store: Store, options: argparse.Namespace) -> int:
+    written = gallery.promote(store, options.to, options.where, options.sweep, options.plot)
+    print(f"{len(written) - 1} plots, shown in {written[-1]}")
     return 0
 
 
 def _results(store: Store, options: argparse.Namespace) -> int:
     if options.format == "parquet" and options.output is None:
         raise InvalidInput("Parquet is binary and needs --output FILE; got none. Add --output results.parquet.")
-    frame = store.catalogue("diagnosis")
+    frame = gallery.results(store, options.where, options.sweep)
     if options.format in ("csv", "parquet"):
         # No cell of these holds a list, and lists that differ from run to run have no one Parquet type; JSON text keeps them.
         frame = frame.map(lambda value: json.dumps(value) if isinstance(value, list | tuple | dict) else value)
@@ -142,19 +222,25 @@ def _results(store: Store, options: argparse.Namespace) -> int:
     elif options.format == "json":
         text = json.dumps(_records(frame), indent=1)
     elif options.format == "table":
-        shown = frame[[column for column in RESULT_COLUMNS if column in frame]]
-        text = _text(shown) if len(shown) else f"no results in {store.uri}; python flows/sweep.py makes some"
+        none = f"no results in {store.uri}; python flows/sweep.py makes some"
+        if options.where or options.sweep:
+            none = f"no results fit in {store.uri}; lambda-hat results without --where and --sweep lists all"
+        text = _text(gallery.tidy(frame)) if len(frame) else none
     if options.output is None:
         print(text)
         return 0
-    try:
-        if options.format == "parquet":
-            frame.to_parquet(options.output)
-        else:
-            Path(options.output).write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InvalidInput(f"--output must name a file that can be written; got {options.output!r}: {error}.") from None
+    if options.format == "parquet":
+        buffer = io.BytesIO()
+        frame.to_parquet(buffer)
+    _write(options.output, buffer.getvalue() if options.format == "parquet" else f"{text}\n".encode())
     return 0
+
+
+def _write(output: str, content: bytes) -> None:
+    try:
+        Path(output).write_bytes(content)
+    except OSError as error:
+        raise InvalidInput(f"--output must name a file that can be written; got {output!r}: {error}.") from None
 
 
 def _verify(store: Store, options: argparse.Namespace) -> int:

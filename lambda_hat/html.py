@@ -14,10 +14,10 @@ import jinja2
 
 from lambda_hat import __version__
 from lambda_hat.diagnostics import Diagnosis, Finding
-from lambda_hat.llc import with_error
 from lambda_hat.manifest import DIAGNOSIS_VERSION
 from lambda_hat.run import RunSpec
 from lambda_hat.spec import ALGORITHM_VERSION, dotted
+from lambda_hat.text import with_error
 
 #: Verdicts after which the number is no estimate; the others are warnings.
 WRONG = ("diverged", "nan chains", "negative llc", "llc above d/2", "loss below w*", "poor approximation")

@@ -137,16 +137,6 @@ def pareto_k(log_weights: np.ndarray) -> float:
     return float(array_stats.psislw(log_weights)[1])
 
 
-def with_error(value: float | None, error: float | None) -> str:
-    """Value and error as people read them, to the error's second digit; "-" for no value."""
-    if value is None:
-        return "-"
-    if not error:
-        return f"{value:.4g}"
-    places = max(0, 1 - int(f"{error:e}".split("e")[1]))
-    return f"{value:.{places}f} ± {error:.{places}f}"
-
-
 def _number(value: Any) -> float | None:
     """A float of ArviZ's scalar or zero-dimensional array."""
     return float(value) if np.isfinite(value) else None

@@ -39,7 +39,9 @@ class PosteriorSpec(Spec):
         "auto", description="units of the offsets: euclidean, or relative to each tensor; auto = as suits the target"
     )
     parameters: tuple[str, ...] = Field(
-        ("*",), min_length=1, description='the parameters that move, others stay at w*; patterns like "hidden_0/*" or "head/w[0]"'
+        ("*",),
+        min_length=1,
+        description='the parameters that move, others stay at w*; patterns like "hidden_0/*" or "head/w[0]"',
     )
 
     def resolve_nbeta(self, num_data: int) -> float:

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lambda_hat.artifacts import sweep_id
-from lambda_hat.llc import with_error
 from lambda_hat.manifest import run_address, sweep_address, target_address
 from lambda_hat.run import RunSpec, labels
 from lambda_hat.store import Store
+from lambda_hat.text import with_error
 
 
 def row(

@@ -393,7 +393,9 @@ def _observable(name: str, dataset: Dataset, observables: Mapping[str, Dataset])
     return dataset.take(np.arange(count) * dataset.num_data // count)
 
 
-def _own_observables(draws: dict[str, np.ndarray], index: int, spec: SamplerSpec, sizes: dict[str, int]) -> dict[str, np.ndarray]:
+def _own_observables(
+    draws: dict[str, np.ndarray], index: int, spec: SamplerSpec, sizes: dict[str, int]
+) -> dict[str, np.ndarray]:
     """A run's part of what all runs observed, in the order it names."""
     if not spec.observables:
         return {}

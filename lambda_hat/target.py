@@ -118,9 +118,9 @@ class Objective(NamedTuple):
 class Target:
     """A trained network with its data: the common currency of all studies.
 
-    metrics: init_loss = L_n(w*) in float64 over all the data; num_params; num_data; true_llc (exact, as text like "13/2") and
-      multiplicity where theory gives them; what its family measures (accuracy, ...); checkpoints where there are any: for each a
-      dict of its step and its own values of what is measured.
+    metrics: init_loss = L_n(w*) in float64 over all the data; num_params; num_data; true_llc (exact, as text like "13/2")
+      and multiplicity where theory gives them; what its family measures (accuracy, ...); checkpoints where there are any: for
+      each a dict of its step and its own values of what is measured.
     history: training curves, arrays of equal length.
     observables: named datasets with the arrays of `dataset.samples`, each of at most OBSERVABLE_SIZE samples, whose losses can
       be followed during sampling.
@@ -181,11 +181,8 @@ def mean_float64(per_sample: Callable[[Params, Dataset], Any], params: Params, d
     with jax.enable_x64(True):
         per_sample = jax.jit(per_sample)
         params = jax.tree.map(_to_float64, params)
-        sums = [
-            jax.tree.map(lambda values: np.sum(values, dtype=np.float64), per_sample(params, jax.tree.map(_to_float64, chunk)))
-            for chunk in dataset.chunks(chunk_size)
-        ]
-        return jax.tree.map(lambda *parts: float(sum(parts) / dataset.num_data), *sums)
+        values = [per_sample(params, jax.tree.map(_to_float64, chunk)) for chunk in dataset.chunks(chunk_size)]
+        return jax.tree.map(lambda *parts: float(np.mean(np.concatenate(parts), dtype=np.float64)), *values)
 
 
 def _to_float64(array: Any) -> np.ndarray:

@@ -71,7 +71,7 @@ class TrainingSpec(Spec):
         steps = self.checkpoint_steps
         if steps != tuple(sorted(set(steps))) or not all(0 <= step <= self.num_steps for step in steps):
             raise ValueError(
-                f"checkpoint_steps must ascend from 0 at least to num_steps, {self.num_steps}, at most; got {list(steps)}"
+                f"checkpoint_steps must ascend, from 0 at least to num_steps, {self.num_steps}, at most; got {list(steps)}"
             )
         return self
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -13,7 +14,7 @@ import jax
 import pandas as pd
 import pytest
 
-from lambda_hat import artifacts
+from lambda_hat import artifacts, report
 from lambda_hat.cli import main
 from lambda_hat.manifest import diagnosis_address, run_address, sweep_address, target_address
 from lambda_hat.posterior import PosteriorSpec
@@ -40,9 +41,9 @@ RAW = RunSpec(target=BOWL, sampler=SPECS[0].sampler.model_copy(update={"seed": 5
 def fill(store: Store) -> None:
     for spec in SPECS:
         artifacts.build_target(spec.target, store)
-        artifacts.sample_run(spec, store)
+        artifacts.sample_batch([spec], store)
         artifacts.diagnose_run(spec, store)
-    artifacts.sample_run(RAW, store)
+    artifacts.sample_batch([RAW], store)
     artifacts.publish_sweep(SPECS, store)
 
 
@@ -111,10 +112,10 @@ def test_ls_json(run, store):
     assert list(listing) == ["targets", "runs", "sweeps"]
     assert [row["id"] for row in listing["runs"]] == RUNS
     for row, spec in zip(listing["runs"], [*SPECS, RAW], strict=True):
-        assert row["fge"] == spec.fge
         assert (row["target_id"], row["spec.sampler.kind"]) == (spec.target_id, spec.sampler.kind)
         manifest = store.manifest(run_address(spec.target_id, spec.run_id))
         assert row["created_at"][:19] == manifest.created_at[:19]
+        assert row["fge"] == manifest.summary["fge"]
     for row in listing["targets"]:
         assert row["init_loss"] == store.manifest(target_address(row["id"])).summary["init_loss"]
     assert json.loads(run("ls", "sweeps", "--json").out) == {"sweeps": listing["sweeps"]}
@@ -148,7 +149,10 @@ def test_show_by_the_beginning_of_an_id(run, store):
     assert ["verdict", diagnosis["verdict"]] in lines
     assert ["llc", str(diagnosis["llc"])] in lines
     paths = [value for name, value in (line for line in lines if len(line) == 2) if name.endswith((".png", ".npz", ".json"))]
-    assert len(paths) == 5
+    plots = ["trace", "rank", "running_llc", "autocorrelation", "energy", "theta_trace"]
+    assert sorted(path.rsplit("/", 1)[1] for path in paths) == sorted(
+        ["trace.npz", "result.json", *(f"{p}.png" for p in plots)]
+    )
     assert all(Path(path).is_file() for path in paths)
 
 
@@ -171,8 +175,10 @@ def expected_results(store: Store) -> pd.DataFrame:
 
 def test_results_table(run, store):
     header, *lines = (line.split() for line in run("results").out.splitlines())
-    shown = ["id", "family", "kind", "step_size", "llc", "mcse", "true_llc", "ess_bulk", "rhat", "fge", "seconds", "verdict"]
-    assert header == shown
+    # The fields in which runs of a family, or of a kind, differ: not those that kinds have of their own.
+    differing = ["posterior.nbeta", "step_size"]
+    results = ["llc", "mcse", "true_llc", "ess_bulk", "rhat", "fge", "seconds", "verdict"]
+    assert header == ["id", "family", "kind", *differing, *results]
     frame = expected_results(store)
     assert len(lines) == len(frame)
     for line, (_, row) in zip(lines, frame.iterrows(), strict=True):
@@ -221,6 +227,98 @@ def test_results_table_to_a_file(run, tmp_path):
     assert (tmp_path / "table.txt").read_text() == run("results").out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--where", "sampler.kind=sgld"], [0, 2]),
+        (["--where", "spec.sampler.kind=hmc"], [1]),
+        (["--where", "target.family=quadratic", "sampler.kind=sgld"], [0]),
+        (["--where", "posterior.nbeta=40"], [1]),
+        (["--where", "posterior.nbeta=none"], [0, 2]),
+        (["--where", f"sampler.step_size={STEP}"], [0]),
+        (["--where", "target.widths=(3, 2, 3)"], [2]),
+        (["--sweep", "latest"], [0, 1, 2]),
+        (["--sweep", SWEEP[:8], "--where", "sampler.kind=hmc"], [1]),
+        (["--where", "sampler.seed=7"], []),
+    ],
+)
+def test_results_of_some_runs(run, arguments, expected):
+    rows = json.loads(run("results", "--format", "json", *arguments).out)
+    assert [row["id"] for row in rows] == [SPECS[index].run_id for index in expected]
+    out = run("results", *arguments).out
+    assert out.startswith("no results fit in") if not expected else len(out.splitlines()) == 1 + len(expected)
+
+
+def test_report_is_the_one_that_was_published(run, store, tmp_path):
+    published = store.read(sweep_address(SWEEP), "report.html")
+    result = run("report")
+    assert (result.status, result.out) == (0, f"{SWEEP}.html: 3 runs of {SWEEP}\n")
+    assert (tmp_path / f"{SWEEP}.html").read_bytes() == published
+    assert run("report", SWEEP[:9], "--output", str(tmp_path / "page.html")).status == 0
+    assert (tmp_path / "page.html").read_bytes() == published
+
+
+def test_a_sweep_without_report_is_refused(run, tmp_path):
+    old = Store(str(tmp_path / "old"))
+    old.publish(sweep_address(SWEEP), {}, spec={"run_ids": []}, summary={"num_runs": 0})
+    result = run("report", store_uri=old.uri)
+    assert result.status == 2
+    assert f"{SWEEP} has none. Call its sweep again" in result.err
+
+
+def test_promote_is_stable(run, store, tmp_path):
+    """Twice gives the same files to the byte; what else is in the folder stays."""
+    folder = tmp_path / "gallery"
+    folder.mkdir()
+    (folder / "notes.md").write_text("mine")
+    first = run("promote")
+    content = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert run("promote", "--to", str(folder)).status == 0
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == content
+    pngs = {name for name in content if name.endswith(".png")}
+    assert first.out == f"{len(pngs)} plots, shown in gallery/README.md\n"
+    kinds = ["trace", "rank", "running_llc", "autocorrelation", "energy", "theta_trace"]
+    runs = ["quadratic-sgld", "quadratic-hmc", "dln-sgld"]
+    comparisons = {"quadratic-llc_convergence.png", "dln-llc_convergence.png", "llc_vs_true.png"}
+    assert pngs == comparisons | {f"{of}-{plot}.png" for of in runs for plot in kinds}
+    spec = SPECS[0]
+    assert content["quadratic-sgld-trace.png"] == store.read(diagnosis_address(spec.target_id, spec.run_id), "trace.png")
+    readme = content["README.md"].decode()
+    assert set(re.findall(r"\]\((.*?)\)", readme)) == pngs
+    assert f"`{spec.run_id}`" in readme
+    assert store.uri not in readme
+
+
+def test_promote_some(run, tmp_path):
+    result = run("promote", "--to", "some", "--plot", "trace", "llc_vs_true", "--where", "sampler.kind=hmc")
+    assert result.status == 0
+    assert {path.name for path in (tmp_path / "some").iterdir()} == {"quadratic-hmc-trace.png", "llc_vs_true.png", "README.md"}
+
+
+def test_promote_takes_the_latest(run, store, tmp_path):
+    """A later run of the family and sampler replaces the earlier one's plots."""
+    copy = Store(str(tmp_path / "copy"))
+    subprocess.run(["cp", "-r", store.uri, copy.uri], check=True)
+    with jax.numpy_dtype_promotion("standard"):
+        artifacts.diagnose_run(RAW, copy)
+    for uri, spec in ((store.uri, SPECS[0]), (copy.uri, RAW)):
+        assert run("promote", "--plot", "trace", store_uri=uri).status == 0
+        at = diagnosis_address(spec.target_id, spec.run_id)
+        assert (tmp_path / "gallery/quadratic-sgld-trace.png").read_bytes() == Store(uri).read(at, "trace.png")
+
+
+def test_show_tells_chains_and_findings(run, store):
+    spec = SPECS[2]
+    found = store.manifest(diagnosis_address(spec.target_id, spec.run_id)).summary
+    lines = [line.strip() for line in run("show", spec.run_id).out.splitlines()]
+    assert f"llc {report.with_error(found['llc'], found['mcse'])}, exact {found['true_llc_text']}: {found['verdict']}" in lines
+    for finding in found["findings"]:
+        assert f"{finding['verdict']}: {finding['remedy']}" in lines
+    header, *rows = (line.split() for line in lines if re.match(r"chain |\d ", line))
+    for chain, cells in zip(found["chains"], rows, strict=True):
+        assert float(dict(zip(header, cells, strict=True))["llc"]) == pytest.approx(chain["llc"], rel=1e-4)
+
+
 def test_verify(run, store, tmp_path):
     count = len(TARGETS) + len(RUNS) + len(SPECS) + 1
     result = run("verify")
@@ -255,6 +353,13 @@ def test_verify(run, store, tmp_path):
         (["results", "--format", "parquet"], ["needs --output FILE", "Add --output results.parquet"]),
         (["results", "--output", "no/such/folder/x"], ["--output must name a file", "no/such/folder/x"]),
         (["results", "--format", "parquet", "--output", "no/such/x"], ["--output must name a file", "no/such/x"]),
+        (["results", "--where", "sampler.kin=hmc"], ["A condition is", "got 'sampler.kin=hmc'", "'sampler.kind'"]),
+        (["results", "--where", "hmc"], ["A condition is", "got 'hmc'"]),
+        (["results", "--sweep", RUNS[0]], ["A sweep's id begins with swp_", "`lambda-hat ls sweeps`"]),
+        (["report", "swp_0000000000000000"], ["fits none"]),
+        (["report", "--output", "no/such/x.html"], ["--output must name a file", "no/such/x.html"]),
+        (["promote", "--plot", "nonsense"], ["There must be a plot", "--plot choose"]),
+        (["promote", "--to", "settings.toml"], ["--to must name a folder", "settings.toml"]),
         (["ls", "--settings", "absent.toml"], ["absent.toml", "Give the path of a settings.toml"]),
     ],
 )
@@ -275,7 +380,9 @@ def test_refused(run, arguments, words):
         ("settings.toml", ["got 'settings.toml', which is a file", "name another path"]),
     ],
 )
-@pytest.mark.parametrize("command", [["ls"], ["show", "run_"], ["results"], ["verify"]], ids=lambda command: command[0])
+@pytest.mark.parametrize(
+    "command", [["ls"], ["show", "run_"], ["results"], ["report"], ["promote"], ["verify"]], ids=lambda command: command[0]
+)
 def test_bad_store_is_refused(run, command, uri, words):
     result = run(*command, store_uri=uri)
     assert (result.status, result.out) == (2, "")
@@ -310,6 +417,8 @@ def test_empty_store(run, tmp_path):
     assert json.loads(run("results", "--format", "json", store_uri=empty).out) == []
     assert run("results", "--format", "csv", store_uri=empty).out == "id,target_id,created_at\n"
     assert run("verify", store_uri=empty).out == f"0 artifacts checked, 0 damaged, in {empty}\n"
+    assert "there is none in" in run("report", store_uri=empty).err
+    assert "There must be a plot" in run("promote", store_uri=empty).err
     result = run("show", RUNS[0], store_uri=empty)
     assert result.status == 2
     assert f"must fit one artifact in {empty}" in result.err
@@ -327,7 +436,9 @@ def test_store_of_the_settings(run, store, tmp_path, monkeypatch):
     assert run("results", store_uri=None).out == run("results").out
 
 
-@pytest.mark.parametrize("command", [[], ["ls"], ["show"], ["results"], ["verify"]], ids=lambda command: " ".join(command))
+@pytest.mark.parametrize(
+    "command", [[], ["ls"], ["show"], ["results"], ["report"], ["promote"], ["verify"]], ids=lambda command: " ".join(command)
+)
 def test_help(run, command):
     result = run(*command, "--help", store_uri=None)
     assert (result.status, result.err) == (0, "")

@@ -11,10 +11,10 @@ from test_diagnostics import METRICS, spec_of
 from test_llc import CHAINS, DRAWS, NBETA, ar1, iid, trace_of
 
 from lambda_hat.diagnostics import diagnose
-from lambda_hat.llc import with_error
 from lambda_hat.plots import RUN_PLOTS, SWEEP_PLOTS, TARGET_PLOTS, save_png
 from lambda_hat.plots.run import plot_trace
 from lambda_hat.plots.style import EXACT, POOLED
+from lambda_hat.text import with_error
 
 BURNIN = 100
 

@@ -8,7 +8,13 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from lambda_hat.theory import deep_linear_llc, quadratic_llc
+from lambda_hat.theory import (
+    deep_linear_llc,
+    finite_normal_crossing_llc,
+    normal_crossing_llc,
+    quadratic_llc,
+    tanh_llc,
+)
 
 # Aoyagi (2024), cross-checked against three independent derivations: widths, rank, lambda, multiplicity.
 DEEP_LINEAR = [
@@ -61,3 +67,48 @@ def test_quadratic_tends_to_half_the_dimension():
     h = np.array([1.0, 2.0, 5.0])
     assert quadratic_llc(h, 1e9, 1.0) == pytest.approx(1.5)
     assert quadratic_llc(h, 10.0, 2.0) == pytest.approx(sum(10 * x / (2 * (10 * x + 2)) for x in h))
+
+
+# Aoyagi and Watanabe's values for one input, H tanh units and the zero function.
+TANH = {1: ("1/2", 2), 2: ("2/3", 1), 3: ("5/6", 1), 4: ("1", 2), 5: ("11/10", 1), 6: ("6/5", 1)}
+
+
+@pytest.mark.parametrize("hidden", TANH)
+def test_tanh(hidden):
+    llc, multiplicity = TANH[hidden]
+    assert tanh_llc(hidden) == (Fraction(llc), multiplicity)
+
+
+NBETA = (144.765, 1e4, 1e6)
+# Exponents: exact llc, multiplicity, and by two-dimensional quadrature at each NBETA with localization 1.
+MONOMIALS = {
+    (1, 0): ("1/2", 1, (0.49827901410801956, 0.499975057667897, 0.5000003141942558)),
+    (2, 0): ("1/4", 1, (0.2430930440315178, 0.24915672458462704, 0.24991552840864403)),
+    (3, 0): ("1/6", 1, (0.15686049130035393, 0.16422146401501422, 0.16613680439572662)),
+    (1, 1): ("1/2", 2, (0.36140331580966856, 0.41233716325119624, 0.43754276481339555)),
+    (1, 2): ("1/4", 1, (0.20952940094528552, 0.2358114984744284, 0.24550691300292207)),
+    (2, 2): ("1/4", 2, (0.15043884765017687, 0.1785177943275984, 0.19600991063433773)),
+    (3, 3): ("1/6", 2, (0.0892653606362184, 0.10646124566942504, 0.1189785663510738)),
+}
+
+
+@pytest.mark.parametrize("exponents", MONOMIALS)
+def test_normal_crossings(exponents):
+    llc, multiplicity, finite = MONOMIALS[exponents]
+    assert normal_crossing_llc(exponents) == (Fraction(llc), multiplicity)
+    for nbeta, value in zip(NBETA, finite, strict=True):
+        assert finite_normal_crossing_llc(exponents, nbeta, 1.0) == pytest.approx(value, abs=1e-6)
+
+
+def test_finite_normal_crossings_agree_with_what_is_known():
+    for nbeta, localization in [(100.0, 1.0), (1e5, 0.01), (3.0, 50.0)]:  # w^2 is a quadratic of curvature 2
+        expected = quadratic_llc(np.array([2.0]), nbeta, localization)
+        assert finite_normal_crossing_llc((1,), nbeta, localization) == pytest.approx(expected, rel=1e-9)
+    # Monte Carlo over the prior, in six standard errors.
+    rng = np.random.default_rng(0)
+    loss = 200 * np.prod(rng.standard_normal((3, 1_000_000)) / np.sqrt(2.0), axis=0) ** 2
+    weight = np.exp(-loss)
+    estimate = np.mean(loss * weight) / np.mean(weight)
+    error = np.std((loss - estimate) * weight) / np.mean(weight) / 1000
+    assert abs(finite_normal_crossing_llc((1, 1, 1), 200.0, 2.0) - estimate) < 6 * error
+    assert finite_normal_crossing_llc((1, 2), 1e30, 1.0) == pytest.approx(0.25, abs=1e-6)

@@ -19,8 +19,9 @@ GRADIENTS_PER_STEP = 2.0
 EFFECTIVE_STEPS, TRUST = 150, 1.5
 #: Factor by which a step size that failed is shortened.
 SHRINK = 0.8
-#: A step fails if its energy error is beyond this many times the one tuned to.
-MAX_ERROR = 30.0
+#: A step has failed if its energy error is above the first (the density is off by a factor) and the second (times the error
+#: that is tuned to, which in many dimensions is large itself).
+MAX_ERROR, MAX_RATIO = 0.5, 30.0
 
 
 class MclmcSpec(SamplerSpec):
@@ -110,14 +111,14 @@ def _build(num_burnin_steps: int) -> Sampler:
 
     def step(rng_key: jax.Array, state: State, posterior: Posterior, numbers: dict, index: jax.Array) -> tuple[State, Info]:
         tuned, length = state.adaptation, root_dim(state.position)
-        # While the mass matrix is 1, a direction's length is in units of the step.
         mclmc, info = kernel(
             rng_key, state.mclmc, posterior.logdensity_fn, tuned.inverse_mass_matrix, length, tuned.step_size
         )
         error = jnp.where(info.nonans, info.energy_change / length, jnp.nan)
         tuned = adaptation.update(tuned, mclmc.position, error, numbers, index)
         difference = posterior.loss_difference(mclmc.position, mclmc.logdensity)
-        failed = ~(jnp.abs(error) < MAX_ERROR * jnp.sqrt(numbers["desired_energy_var"]))
+        limit = jnp.maximum(MAX_RATIO * jnp.sqrt(numbers["desired_energy_var"]), MAX_ERROR / length)
+        failed = ~(jnp.abs(error) < limit)
         one = jnp.ones_like(difference)
         return State(mclmc, tuned), Info(difference, one, failed.astype(one.dtype), GRADIENTS_PER_STEP * one)
 

@@ -35,11 +35,11 @@ class SmcSpec(AdaptedSpec):
     kind: Literal["smc"] = "smc"
     num_chains: int = Field(2, ge=1, description="independent systems of particles")
     num_burnin_steps: int = Field(300, ge=20, description="steps in which t reaches 1, none of which enters an estimate")
-    num_draws: int = Field(200, ge=4, description="recorded draws per system, after burn-in")
+    num_draws: int = Field(400, ge=4, description="recorded draws per system, after burn-in")
     step_size: float = Field(0.3, gt=0, description="step size, in the particles' own widths, at which adaptation starts")
     target_acceptance: float = Field(0.8, gt=0, lt=1, description="acceptance rate the step size is adapted to")
     num_particles: int = Field(32, ge=4, description="particles of a system")
-    num_integration_steps: int = Field(8, ge=1, description="leapfrog steps per trajectory")
+    num_integration_steps: int = Field(5, ge=1, description="leapfrog steps per trajectory")
     target_ess: float = Field(0.6, gt=0, lt=1, description="share of the particles that stays effective as t rises")
 
     def gradients_per_step(self, num_data: int) -> float:

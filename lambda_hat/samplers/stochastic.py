@@ -21,8 +21,8 @@ class StochasticSpec(SamplerSpec):
     """Fields of the samplers on minibatches."""
 
     num_draws: int = Field(2000, ge=4, description="recorded draws per chain, after burn-in")
-    num_burnin_steps: int = Field(5000, ge=0, description="steps before the first draw, rounded up to whole draws")
-    num_steps_bw_draws: int = Field(10, ge=1, description="steps per recorded draw; a draw averages their losses")
+    num_burnin_steps: int = Field(10_000, ge=0, description="steps before the first draw, rounded up to whole draws")
+    num_steps_bw_draws: int = Field(20, ge=1, description="steps per recorded draw; a draw averages their losses")
     step_size: StepSize = Field("auto", description="drift per unit gradient of the potential; auto = found in burn-in")
     batch_size: int = Field(256, ge=1, description="samples per gradient, drawn with replacement; at most n")
     gradient: Literal["plain", "control_variates"] = Field(

@@ -45,9 +45,7 @@ class Trial(NamedTuple):
     acceptance_rate: jax.Array
 
 
-def attempt(
-    rng_key: jax.Array, position: jax.Array, step_size: jax.Array, minibatch: Minibatch, posterior: Posterior
-) -> Trial:
+def attempt(rng_key: jax.Array, position: jax.Array, step_size: jax.Array, minibatch: Minibatch, posterior: Posterior) -> Trial:
     """A Langevin step of `step_size`, (d,) or (), and the probability with which Metropolis would accept it, on one minibatch.
 
     Both ends are evaluated on the same minibatch: their densities are of one posterior, and the probability measures the error

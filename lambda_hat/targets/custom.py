@@ -42,8 +42,8 @@ def wrap(loss_fn: Callable[[Any, Any], Any], params: Any, data: Any, precision: 
     """Makes any loss a target's: its pytrees become dicts of named arrays, and `loss_fn` still sees its own.
 
     Args:
-      loss_fn: (params, data) -> the losses of the samples, (n,), or their mean, (); of a minibatch data has its samples alone. A
-        mean must be of independent samples: it is taken of one at a time.
+      loss_fn: (params, data) -> the losses of the samples, (n,), or their mean, (); of a minibatch data is its samples.
+        A mean must be of independent samples: it is taken of one at a time.
       params: pytree of floating arrays (Haiku, Flax, Equinox after `eqx.partition`, plain dicts). A leaf's name is the parts of
         its path joined by "/".
       data: pytree of arrays whose first axis is the sample, n.
