@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lambda_hat.api import LLCEstimate, estimate_llc
+    from lambda_hat.api import LLCEstimate, estimate_llc, estimate_llcs, plot_estimates
 
 __version__ = "0.1.0"
-__all__ = ["LLCEstimate", "estimate_llc"]
+__all__ = ["LLCEstimate", "estimate_llc", "estimate_llcs", "plot_estimates"]
 
 
 def __getattr__(name: str) -> Any:
-    """The Python interface, on first use: its imports (JAX, Matplotlib) take a second."""
+    """The Python interface, on first use: its imports (JAX, Matplotlib) take seconds."""
     if name in __all__:
         from lambda_hat import api
 

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+from matplotlib.figure import Figure
 from pydantic import ValidationError
+from tqdm import tqdm
 
-from lambda_hat.arrays import pack_arrays
+from lambda_hat.chunks import Progress
 from lambda_hat.diagnostics import Diagnosis, diagnose
 from lambda_hat.llc import to_arviz
+from lambda_hat.observables import TRAIN
 from lambda_hat.plan import CLASSES
-from lambda_hat.plots import RUN_PLOTS
-from lambda_hat.posterior import Metric, PosteriorSpec, tensor_names
-from lambda_hat.run import RunSpec
+from lambda_hat.plots import RUN_PLOTS, TARGET_PLOTS
+from lambda_hat.posterior import num_selected, select
+from lambda_hat.run import RunSpec, batches
 from lambda_hat.samplers import SamplerSpec
-from lambda_hat.sampling import Trace, sample
-from lambda_hat.settings import explain, lookup
+from lambda_hat.sampling import Run, Trace, sample_runs
+from lambda_hat.settings import explain, nearest
 from lambda_hat.spec import InvalidInput
-from lambda_hat.target import Dataset, DataSpec, Objective, Params, TargetSpec, mean_loss_float64, num_params
+from lambda_hat.target import DataSpec, TargetSpec
+from lambda_hat.text import with_error
+from lambda_hat.wrap import LossFn, Wrapped, wrap, wrap_like
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-LossFn = Callable[[Any, Any], jax.Array]
+#: What the library's fields are here, in what it says of them.
+OWN_WORDS = {
+    r"\b(posterior|sampler)\.": "",
+    r"set target\.precision=float64": "give params in float64",
+    r"data\.n_data": "the number of samples",
+}
 
 
 class InMemorySpec(TargetSpec):
@@ -38,6 +44,12 @@ class InMemorySpec(TargetSpec):
     family: Literal["in_memory"] = "in_memory"
     data: DataSpec
     content: str
+
+
+class InMemoryRun(RunSpec):
+    """A run on such a network."""
+
+    target: InMemorySpec  # type: ignore[assignment]  # no member of the union of targets that can be built from their specs
 
 
 @dataclass(frozen=True)
@@ -69,41 +81,48 @@ class LLCEstimate:
 
     @property
     def remedy(self) -> str:
-        """What to change, in words; empty where nothing is wrong."""
-        return self.diagnosis.remedy
+        """What to change, in the arguments of `estimate_llc`; empty where nothing is wrong."""
+        return _own_words(self.diagnosis.remedy)
 
     @property
     def trace(self) -> Any:
         """The draws for ArviZ: InferenceData (ArviZ 0.x) or DataTree (1.x)."""
         return to_arviz(self.draws, self.spec.nbeta)
 
+    def summary(self) -> dict[str, Any]:
+        """What matters most, a row of a table: `pandas.DataFrame([one.summary(), another.summary()])`."""
+        found = self.diagnosis
+        return {
+            "sampler": self.spec.sampler.kind, "nbeta": self.spec.nbeta, "llc": self.llc, "mcse": self.mcse,
+            "ess": found.ess_bulk, "rhat": found.rhat, "seconds": found.seconds, "verdict": self.verdict, "remedy": self.remedy,
+        }  # fmt: skip
+
     def plot(self, name: str = "trace") -> Figure:
-        """A plot of the run: trace, rank, running_llc, energy, ...
+        """One of `lambda_hat.plots.RUN_PLOTS`: trace, running_llc, rank, energy, llc_by_dataset, ...
 
         Raises:
           InvalidInput: there is no such plot, or this run did not record what it shows.
         """
-        figure = lookup(RUN_PLOTS, "plot", name)(self.spec, self.draws, self.diagnosis)
-        if figure is None:
-            raise InvalidInput(f"The plot {name!r} shows what a run with sampler.observables records; this one recorded none.")
-        return figure
+        return _plot(RUN_PLOTS, name, self.spec, self.draws, self.diagnosis)
 
     def __repr__(self) -> str:
-        kind = self.spec.sampler.kind
-        text = f"LLCEstimate(llc {with_error(self.diagnosis.llc, self.diagnosis.mcse)} by {kind}, verdict: {self.verdict}"
-        return text + (f"; {self.remedy})" if self.remedy else ")")
+        found = self.diagnosis
+        ess = "none" if found.ess_bulk is None else f"{found.ess_bulk:.0f}"
+        llc = f"llc {with_error(found.llc, found.mcse)} by {self.spec.sampler.kind}"
+        verdict = f"verdict: {self.verdict}" + (f"; {self.remedy}" if self.remedy else "")
+        return f"LLCEstimate({llc}, ESS {ess}, {found.seconds:.1f} s, {verdict})"
 
 
 def estimate_llc(
     loss_fn: LossFn,
-    params: Params,
+    params: Any,
     data: Any,
     sampler: str | SamplerSpec = "sgld",
     *,
     nbeta: float | None = None,
     localization: float = 1.0,
-    metric: Metric = "relative",
-    parameters: Sequence[str] = ("*",),
+    metric: Literal["relative", "euclidean"] = "relative",
+    parameters: str | Sequence[str] = "*",
     observables: Mapping[str, Any] | None = None,
     progress: bool = True,
     **fields: Any,
@@ -111,173 +130,163 @@ def estimate_llc(
     """Estimates the local learning coefficient of a trained network at its parameters.
 
     llc = nbeta (E[L_n(w)] - L_n(w*)), w distributed as exp(-nbeta L_n(w) - localization/2 |u|^2), w = w* + scale * u.
+    A second call with the same function compiles nothing: pass a function that is defined once, not a new lambda each time.
 
     Args:
-      loss_fn: (params, batch) -> the loss of each sample of the batch, (B,); or their mean, (), which costs more: it is then
-        called for each sample alone.
-      params: w*, any pytree (Haiku, Flax, Equinox, plain dicts). Its floating arrays move, all of one dtype; the rest stays.
-      data: any pytree of arrays whose first axis is the sample, such as (x, y); all the training data.
-      sampler: a kind ("sgld", "sghmc", "sgnht", "mala", "hmc", "nuts", "mclmc", "adjusted_mclmc", "vi", "smc") or a spec.
+      loss_fn: (params, batch) -> the losses of the batch's samples, (B,); or their mean, (), which is then taken of one sample
+        at a time and may be slower. A sample's loss must not depend on the others of its batch.
+      params: w*, any pytree (Haiku, Flax, Equinox, plain dicts). Its floating arrays move, all float32 or all float64, in which
+        the sampling is done; all else stays.
+      data: any pytree of arrays whose first axis is the sample, such as (x, y): all the training data.
+      sampler: "sgld", "sghmc", "sgnht", "mala", "hmc", "nuts", "mclmc", "adjusted_mclmc", "vi", "smc", or a spec of one.
       nbeta: n times the inverse temperature; None = n / log n.
-      localization, metric, parameters: strength of the pull towards w*, the units it is measured in, and the parameters that move;
-        see `lambda_hat.posterior.PosteriorSpec`.
-      observables: named data like `data`, whose samples' losses are recorded at every draw.
+      localization, metric, parameters: strength of the pull towards w*, the units it is measured in, and patterns of the names
+        of the parameters that move, like "layers/0/*"; see `lambda_hat.posterior.PosteriorSpec`.
+      observables: named data like `data`, whose samples' losses are recorded at every draw. With any mapping, an empty one
+        included, comes "train", up to 100 of the training samples, unless it has a "train" of its own.
       progress: show a progress bar.
-      fields: of the sampler's spec: seed, num_chains, num_draws, step_size, ...
+      fields: of the sampler: seed, num_chains, num_draws, step_size, ...; see `lambda_hat.samplers`.
 
     Raises:
-      InvalidInput: an argument breaks a rule; nothing has been computed.
+      InvalidInput: an argument breaks a rule; nothing has been sampled.
     """
-    objective, params_star, dataset = _problem(loss_fn, params, data)
-    datasets = {name: _dataset(part, dataset, name) for name, part in (observables or {}).items()}
-    spec = RunSpec.model_construct(
-        target=InMemorySpec(
-            precision=jax.tree.leaves(params_star)[0].dtype.name, data=DataSpec(n_data=dataset.num_data),
-            content=hashlib.sha256(pack_arrays(params_star)).hexdigest(),
-        ),
-        posterior=_posterior(nbeta, localization, metric, parameters),
-        sampler=_sampler(sampler, fields, dataset.num_data, tuple(datasets)),
+    setting = {
+        "sampler": sampler, "nbeta": nbeta, "localization": localization, "metric": metric, "parameters": parameters,
+    }  # fmt: skip
+    return estimate_llcs(loss_fn, params, data, [setting | fields], observables=observables, progress=progress)[0]
+
+
+def estimate_llcs(
+    loss_fn: LossFn,
+    params: Any,
+    data: Any,
+    settings: Sequence[Mapping[str, Any]],
+    *,
+    observables: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> list[LLCEstimate]:
+    """Estimates by several settings, such as `[{"nbeta": 10}, {"nbeta": 20}]`; those that differ in numbers and seeds alone are
+    sampled together, in one program.
+
+    Args:
+      settings: of each estimate the arguments of `estimate_llc` (sampler, nbeta, localization, metric, parameters, and the
+        sampler's fields); what is left out has its default. The other arguments are those of `estimate_llc`.
+
+    Raises:
+      InvalidInput: as `estimate_llc`.
+    """
+    wrapped = wrap(loss_fn, params, data)
+    followed = {name: wrap_like(name, part, data, wrapped) for name, part in (observables or {}).items()}
+    names = () if observables is None else tuple(dict.fromkeys([TRAIN, *followed]))
+    target = InMemorySpec(
+        precision="float64" if wrapped.losses.dtype == np.float64 else "float32",
+        data=DataSpec(n_data=wrapped.dataset.num_data), content=_content(wrapped),
     )  # fmt: skip
-    spec._parts_fit()
-    run = functools.partial(
-        sample, objective, params_star, dataset, spec.posterior, spec.sampler, metric=metric, observables=datasets
-    )
-    trace = _with_progress_bar(run) if progress else run()
-    metrics = {
-        "init_loss": mean_loss_float64(objective, params_star, dataset),
-        "num_params": num_params(params_star),
-        "num_data": dataset.num_data,
-    }
-    return LLCEstimate(diagnose(spec, trace, metrics), trace, spec)
+    specs = [_run_spec(target, observables=names, **setting) for setting in settings]
+    nums_params = [_num_params(spec, wrapped) for spec in specs]
+    init_loss = float(np.mean(wrapped.losses, dtype=np.float64))
+    estimates: dict[int, LLCEstimate] = {}
+    for indices in batches(specs):
+        with _bar(progress) as report:
+            traces = sample_runs(
+                wrapped.objective, wrapped.params, wrapped.dataset,
+                [Run(specs[index].posterior, specs[index].sampler) for index in indices],
+                metric=specs[indices[0]].metric, observables=followed, progress=report,
+            )  # fmt: skip
+        for index, trace in zip(indices, traces, strict=True):
+            metrics = {"init_loss": init_loss, "num_params": nums_params[index], "num_data": wrapped.dataset.num_data}
+            estimates[index] = LLCEstimate(diagnose(specs[index], trace, metrics), trace, specs[index])
+    return [estimates[index] for index in range(len(specs))]
 
 
-def _problem(loss_fn: LossFn, params: Params, data: Any) -> tuple[Objective, dict[str, np.ndarray], Dataset]:
-    """The loss, the parameters that move and the data, as the library handles them: dicts of arrays by name."""
-    leaves, params_tree = jax.tree.flatten(params)
-    names = tensor_names(params)
-    moves = [_is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
-    star = {name: np.asarray(leaf) for name, leaf, moving in zip(names, leaves, moves, strict=True) if moving}
-    dtypes = sorted({leaf.dtype.name for leaf in star.values()})
-    if dtypes not in (["float32"], ["float64"]):
-        raise InvalidInput(
-            f"The floating arrays of params must all be float32, or all float64; got {', '.join(dtypes) or 'none'}. "
-            "Convert them with jax.tree.map."
-        )
-    bad = [name for name, leaf in star.items() if not np.isfinite(leaf).all()]
-    if bad:
-        raise InvalidInput(f"params must be finite; got NaN or infinity in {', '.join(bad)}: train with a lower learning rate.")
-    stays = {str(place): np.asarray(leaf) for place, leaf in enumerate(leaves) if not moves[place] and _is_array(leaf)}
-    static = tuple((place, leaf) for place, leaf in enumerate(leaves) if not _is_array(leaf))
-    places = tuple(name if moving else None for name, moving in zip(names, moves, strict=True))
-    arrays, data_tree = jax.tree.flatten(data)
-    if not arrays or not all(_is_array(array) and np.ndim(array) > 0 for array in arrays):
-        raise InvalidInput("data must be a pytree of arrays whose first axis is the sample; got one without: pass (x, y).")
-    lengths = {array.shape[0] for array in arrays}
-    if len(lengths) > 1 or min(lengths) < 2:
-        raise InvalidInput(f"All arrays of data must have one first axis, of at least 2 samples; got {sorted(lengths)}.")
-    samples = {str(place): np.asarray(array) for place, array in enumerate(arrays)}
-    dataset = Dataset(samples, stays)
-    shape = _loss_shape(loss_fn, params_tree, places, static, data_tree, star, dataset)
-    objective = _objective(loss_fn, params_tree, places, static, data_tree, shape == ())
-    return objective, star, dataset
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, np.ndarray | np.generic | jax.Array) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _assemble(
-    params_tree: Any, places: tuple[str | None, ...], static: tuple[tuple[int, Any], ...], data_tree: Any,
-    params: Params, dataset: Dataset,
-) -> tuple[Any, Any]:  # fmt: skip
-    """The loss function's own (params, batch)."""
-    still = dict(static)
-    leaves = [
-        params[name] if name is not None else still.get(place, dataset.constants.get(str(place)))
-        for place, name in enumerate(places)
-    ]
-    batch = [dataset.samples[str(place)] for place in range(len(dataset.samples))]
-    return jax.tree.unflatten(params_tree, leaves), jax.tree.unflatten(data_tree, batch)
-
-
-def _loss_shape(
-    loss_fn: LossFn, params_tree: Any, places: Any, static: Any, data_tree: Any, params: Params, dataset: Dataset
-) -> tuple[int, ...]:
-    """() or (B,).
+def plot_estimates(estimates: Sequence[LLCEstimate], name: str = "llc_convergence") -> Figure:
+    """One of `lambda_hat.plots.TARGET_PLOTS`, of several estimates on one network: llc_convergence, temperature (of several
+    nbeta), calibration (of a grid of step_size and localization or nbeta).
 
     Raises:
-      InvalidInput: it is another.
+      InvalidInput: there is no such plot, or these estimates do not make one.
     """
-    few = Dataset({name: array[:2] for name, array in dataset.samples.items()}, dataset.constants)
-    with jax.enable_x64(jax.tree.leaves(params)[0].dtype == np.float64):
-        out = jax.eval_shape(lambda p, d: loss_fn(*_assemble(params_tree, places, static, data_tree, p, d)), params, few)
-    shape = getattr(out, "shape", None)
-    if shape not in ((), (2,)):
+    return _plot(TARGET_PLOTS, name, [(estimate.spec, estimate.draws, estimate.diagnosis) for estimate in estimates])
+
+
+def _plot(plots: Mapping[str, Callable[..., Figure | None]], name: str, *content: Any) -> Figure:
+    if name not in plots:
+        raise InvalidInput(f"A plot must have a known name; got {name!r}. {nearest(name, plots)}")
+    figure = plots[name](*content)
+    if figure is None:
         raise InvalidInput(
-            "loss_fn(params, batch) must return the loss of each sample, (B,), or their mean, (); "
-            f"for a batch of 2 it returned {shape if shape is not None else type(out).__name__}."
+            f"A plot must find what it shows; there is nothing for {name!r} here. Plots of datasets need observables, a "
+            "calibration map or a temperature curve estimates with several settings."
         )
-    return shape
+    return figure
 
 
-@functools.lru_cache(maxsize=64)
-def _objective(loss_fn: LossFn, params_tree: Any, places: Any, static: Any, data_tree: Any, is_mean: bool) -> Objective:
-    """Cached, so that another estimate of the same loss compiles nothing."""
+def _run_spec(
+    target: InMemorySpec,
+    sampler: str | SamplerSpec = "sgld",
+    *,
+    nbeta: float | None = None,
+    localization: float = 1.0,
+    metric: str = "relative",
+    parameters: str | Sequence[str] = "*",
+    observables: tuple[str, ...],
+    **fields: Any,
+) -> InMemoryRun:
+    """The run of one setting.
 
-    def losses(params: Params, dataset: Dataset) -> jax.Array:
-        return loss_fn(*_assemble(params_tree, places, static, data_tree, params, dataset))
-
-    if not is_mean:
-        return Objective(losses)
-
-    def of_one(params: Params, sample: dict[str, jax.Array], constants: dict[str, jax.Array]) -> jax.Array:
-        return losses(params, Dataset({name: array[None] for name, array in sample.items()}, constants))
-
-    return Objective(lambda params, dataset: jax.vmap(of_one, (None, 0, None))(params, dataset.samples, dataset.constants))
-
-
-def _dataset(data: Any, like: Dataset, name: str) -> Dataset:
-    arrays = [np.asarray(array) for array in jax.tree.leaves(data)]
-    shapes = [array.shape[1:] for array in arrays], [array.shape[1:] for array in like.samples.values()]
-    if shapes[0] != shapes[1] or len({len(array) for array in arrays}) != 1:
-        raise InvalidInput(
-            f"An observable must be like data, with shapes (m, ...) and {shapes[1]} after m; got {name!r}: {shapes[0]}."
-        )
-    return Dataset({str(place): array for place, array in enumerate(arrays)}, like.constants)
-
-
-def _posterior(nbeta: float | None, localization: float, metric: Metric, parameters: Sequence[str]) -> PosteriorSpec:
-    if isinstance(parameters, str):
-        parameters = (parameters,)
-    fields = {"nbeta": nbeta, "localization": localization, "metric": metric, "parameters": tuple(parameters)}
-    return _checked(PosteriorSpec, fields, "posterior")
-
-
-def _sampler(sampler: str | SamplerSpec, fields: dict[str, Any], num_data: int, observables: tuple[str, ...]) -> SamplerSpec:
-    if isinstance(sampler, SamplerSpec):
-        return _checked(
-            type(sampler), sampler.model_dump() | fields | {"observables": sampler.observables + observables}, "sampler"
-        )
-    cls = lookup(CLASSES["sampler"], "sampler", sampler)
-    if "batch_size" in cls.model_fields:
-        fields = {"batch_size": min(num_data, cls.model_fields["batch_size"].default)} | fields
-    return _checked(cls, {"observables": observables} | fields, "sampler")
-
-
-def _checked(cls: type[Any], fields: dict[str, Any], where: str) -> Any:
+    Raises:
+      InvalidInput: a field is unknown, or its value breaks a rule.
+    """
+    posterior = {
+        "nbeta": nbeta, "localization": localization, "metric": metric,
+        "parameters": (parameters,) if isinstance(parameters, str) else parameters,
+    }  # fmt: skip
+    given = sampler.model_dump() if isinstance(sampler, SamplerSpec) else {"kind": sampler}
+    kind = CLASSES["sampler"].get(str(given["kind"]))
+    if kind is not None and "batch_size" in kind.model_fields:
+        given = {"batch_size": min(target.num_data, kind.model_fields["batch_size"].default)} | given
+    content = {"target": target, "posterior": posterior, "sampler": given | fields | {"observables": observables}}
     try:
-        return cls.model_validate(fields)
+        return InMemoryRun.model_validate(content)
     except ValidationError as error:
-        raise explain(error, cls, lambda _: "Correct the argument.", where) from None
+        raise InvalidInput(_own_words(str(explain(error, InMemoryRun, lambda _: "Correct the argument.")))) from None
 
 
-def _with_progress_bar(run: Callable[..., Trace]) -> Trace:
-    from rich.progress import Progress as Bar
+def _num_params(spec: RunSpec, wrapped: Wrapped) -> int:
+    """How many move.
 
-    with Bar(transient=True) as bar:
-        task = bar.add_task("sampling", total=None)
+    Raises:
+      InvalidInput: the patterns of parameters name none.
+    """
+    try:
+        return num_selected(wrapped.params, select(wrapped.params, spec.posterior.parameters))
+    except InvalidInput as error:
+        raise InvalidInput(_own_words(str(error))) from None
+
+
+def _own_words(text: str) -> str:
+    for pattern, words in OWN_WORDS.items():
+        text = re.sub(pattern, words, text)
+    return text
+
+
+def _content(wrapped: Wrapped) -> str:
+    """A hash of the parameters and the data."""
+    content = hashlib.sha256()
+    for array in [*wrapped.params.values(), *wrapped.dataset.samples.values(), *wrapped.dataset.constants.values()]:
+        content.update(f"{array.dtype}{array.shape}".encode())
+        content.update(np.ascontiguousarray(array).data)
+    return content.hexdigest()
+
+
+@contextlib.contextmanager
+def _bar(progress: bool) -> Iterator[Progress]:
+    """A bar that terminals and notebooks show alike, without widgets."""
+    with tqdm(unit=" draws", leave=False, disable=not progress) as bar:
 
         def report(done: int, total: int, unit: str, note: str) -> None:
-            bar.update(task, completed=done, total=total, description=note)
+            bar.total = total
+            bar.set_postfix_str(note, refresh=False)
+            bar.update(done - bar.n)
 
-        return run(progress=report)
+        yield report

@@ -160,7 +160,9 @@ def load_trace(store: Store, spec: RunSpec) -> Trace:
     draws = unpack_arrays(store.read(address, "trace.npz"))
     manifest = store.manifest(address)
     assert manifest is not None  # it was just read
-    return Trace(draws, spec.sampler.num_burnin_draws, manifest.summary["seconds"], manifest.summary["observables"])
+    counts = manifest.summary["observables"]  # which a manifest sorts by name
+    observables = {name: counts[name] for name in spec.sampler.observables}
+    return Trace(draws, spec.sampler.num_burnin_draws, manifest.summary["seconds"], observables)
 
 
 def find_run_spec(store: Store, text: str) -> RunSpec:

@@ -217,6 +217,9 @@ def _results(store: Store, options: argparse.Namespace) -> int:
     if options.format in ("csv", "parquet"):
         # No cell of these holds a list, and lists that differ from run to run have no one Parquet type; JSON text keeps them.
         frame = frame.map(lambda value: json.dumps(value) if isinstance(value, list | tuple | dict) else value)
+        # Nor may a column hold numbers and text, as step sizes do, of which some are "auto".
+        mixed = [str(name) for name, column in frame.items() if {str} < {type(value) for value in column.dropna()}]
+        frame[mixed] = frame[mixed].map(str, na_action="ignore")
     if options.format == "csv":
         text = frame.to_csv(index=False).rstrip("\n")
     elif options.format == "json":

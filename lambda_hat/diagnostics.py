@@ -65,6 +65,7 @@ class DatasetEstimate(BaseModel):
     """What the draws say of one observable dataset D, with Monte Carlo standard errors.
 
     llc: nbeta (E[L_D(w)] - L_D(w*)), dimensionless; negative where the posterior is better on D than w* is.
+    sample_error: standard error of llc as an estimate for all the data that D's samples are from: their spread / sqrt(number).
     susceptibility: -Cov[L_n, L_D - L_n] (`lambda_hat.observables.susceptibilities`), nats^2.
     """
 
@@ -73,6 +74,7 @@ class DatasetEstimate(BaseModel):
     num_samples: int
     llc: float
     mcse: float | None
+    sample_error: float | None
     susceptibility: float | None
     susceptibility_mcse: float | None
 
@@ -214,13 +216,14 @@ def _beyond_llc(spec: RunSpec, trace: Trace, pooled: Estimate, init_loss: float 
 
 
 def _by_dataset(spec: RunSpec, trace: Trace) -> dict[str, DatasetEstimate]:
-    losses = observables.block_losses(trace)
-    if losses is None:
+    observed, losses = observables.recorded(trace, "observed"), observables.block_losses(trace)
+    if observed is None or losses is None:
         return {}
     estimates = {}
     phi = observables.training_loss(trace)
     response = None if phi is None else observables.susceptibilities(phi, losses)
-    for index, (name, count) in enumerate(trace.observables.items()):
+    for index, (name, part) in enumerate(observables.blocks(trace.observables).items()):
+        by_sample = spec.nbeta * np.mean(observed[:, :, part], axis=(0, 1))
         llc = observables.scaled_mean(losses[:, :, index], spec.nbeta)
         # That of the training data to themselves is zero by definition.
         chi = (
@@ -229,7 +232,12 @@ def _by_dataset(spec: RunSpec, trace: Trace) -> dict[str, DatasetEstimate]:
             else [None] * 2
         )
         estimates[name] = DatasetEstimate(
-            num_samples=count, llc=llc.value, mcse=llc.mcse, susceptibility=chi[0], susceptibility_mcse=chi[1]
+            num_samples=len(by_sample),
+            llc=llc.value,
+            mcse=llc.mcse,
+            sample_error=float(np.std(by_sample, ddof=1)) / math.sqrt(len(by_sample)) if len(by_sample) > 1 else None,
+            susceptibility=chi[0],
+            susceptibility_mcse=chi[1],
         )
     return estimates
 

@@ -71,6 +71,7 @@ def sweep_report(
         loader=jinja2.FunctionLoader(lambda name: files("lambda_hat").joinpath("templates", name).read_text("utf-8")),
     )  # fmt: skip
     environment.filters |= {"image": _image, "title": _title, "text": _text}
+    environment.globals["error"] = with_error
     of_target: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for run in runs:
         of_target[run.spec.target_id].append(_run(run))

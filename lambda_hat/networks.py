@@ -130,7 +130,7 @@ def cnn(spec: CnnSpec, side: int, output_dim: int) -> hk.Transformed:
         init = initializer(spec.init, "relu")
         x = x.reshape(len(x), side, side, 1)
         for layer, channels in enumerate(spec.channels):
-            # As one matrix product over the patches: a convolution with other weights in each chain is slow on CPUs.
+            # A matrix product over the patches: on CPUs a convolution with weights of its own for each chain is slower.
             x = hk.Linear(channels, with_bias=spec.bias, w_init=init, name=f"conv_{layer}")(_patches(x))
             x = jax.nn.relu(x)
         return hk.Linear(output_dim, with_bias=spec.bias, name="output")(x.reshape(len(x), -1))

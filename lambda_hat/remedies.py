@@ -17,9 +17,12 @@ def remedies_for(spec: RunSpec, star_is_finite: bool) -> dict[str, str]:
     sampler = spec.sampler
     finer, or_faster = _finer(sampler), _or_faster(sampler)
     stable = finer if "step_size" in finer or not hasattr(sampler, "step_size") else f"{finer}, or lower sampler.step_size"
-    star = "the loss at w* is not finite: lower training.learning_rate"
+    star = "the loss at w* is not finite: check the loss, the parameters and the data"
     if hasattr(spec.target, "training"):
+        star = "the loss at w* is not finite: lower training.learning_rate"
         minimum = "w* is not a minimum of the loss: raise training.num_steps, or raise posterior.localization to stay near it"
+    elif spec.target.family in ("custom", "in_memory"):
+        minimum = "w* is not a minimum of the loss: train it longer, or raise posterior.localization to stay near it"
     else:
         minimum = "w* is an exact minimum here, so this is rounding: set target.precision=float64"
     divergent = f"the integrator fails in part of the posterior: {finer}, or raise posterior.localization"

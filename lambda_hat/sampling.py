@@ -348,7 +348,7 @@ def _sample_runs(
 
     def after_chunk(carry: Any, done: int) -> None:
         state, buffer, count = carry
-        drawn.append({name: np.asarray(field[:, :, :count])[mine] for name, field in buffer.items()})
+        drawn.append({name: np.asarray(field)[mine, :, :count] for name, field in buffer.items()})
         nonlocal saved, save_seconds
         now = time.perf_counter()
         # A checkpoint holds all draws so far, so saving after every chunk would cost the square of their number.

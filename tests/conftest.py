@@ -10,6 +10,6 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 @pytest.fixture
 def library_promotion():
-    """For tests that run Optax or BlackJAX: their own code mixes floats with integers and booleans."""
-    with jax.numpy_dtype_promotion("standard"):
+    """For tests that run Optax or BlackJAX: their own code mixes floats with integers and booleans, and ranks."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield

@@ -191,7 +191,7 @@ def test_results_table(run, store):
 
 def same(value, expected) -> bool:
     """Equal to the last digit, where the form may have made text of it (JSON of a list) or has no NaN."""
-    if isinstance(expected, float) and math.isnan(expected):
+    if expected is None or (isinstance(expected, float) and math.isnan(expected)):
         return value in (None, "") or bool(pd.isna(value))
     if isinstance(expected, tuple):
         return (json.loads(value) if isinstance(value, str) else value) == json.loads(json.dumps(expected))

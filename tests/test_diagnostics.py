@@ -246,7 +246,8 @@ def test_a_target_without_a_finite_loss():
 @pytest.mark.parametrize("target", get_args(get_args(AnyTargetSpec)[0]))
 def test_remedies_name_fields_that_exist(sampler, target):
     kind, family = sampler.model_fields["kind"].default, target.model_fields["family"].default
-    spec = RunSpec.from_dict({"target": {"family": family}, "sampler": {"kind": kind, "num_draws": DRAWS}})
+    needed = {"path": "package.module:function"} if family == "custom" else {}
+    spec = RunSpec.from_dict({"target": {"family": family, **needed}, "sampler": {"kind": kind, "num_draws": DRAWS}})
     cases = [case for verdict, case in CASES.items() if verdict != "poor approximation" or kind == "vi"]
     texts = [finding.remedy for case in cases for finding in diagnose(spec, case()[1], METRICS).findings]
     assert texts
@@ -285,6 +286,9 @@ def test_llc_by_dataset_and_susceptibilities():
     assert (train.llc, test.llc) == (
         pytest.approx(llc.mean(), abs=4 * train.mcse), pytest.approx(2 * llc.mean(), abs=4 * test.mcse)
     )  # fmt: skip
+    assert train.sample_error == pytest.approx(
+        NBETA * np.std(np.mean(trace.draws["observed"], axis=(0, 1))[:40], ddof=1) / 40**0.5
+    )
     # L_test = 2 phi and independent noise: -Cov[phi, L_test - phi] is -Var[llc] / nbeta^2 and the noise of the training mean.
     expected = -5.0 / NBETA**2 + 0.01 / 40
     assert test.susceptibility == pytest.approx(expected, abs=4 * test.susceptibility_mcse)

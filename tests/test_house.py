@@ -13,9 +13,9 @@ ROOT = Path(__file__).parent.parent
 
 # From the foundation up. A folder stands for all files in it, which may import one another's bases.
 ROOMS = [
-    "spec", "overrides", "settings", "arrays", "manifest", "store", "chunks", "theory", "target", "data", "networks",
-    "training", "targets", "posterior", "samplers", "run", "plan", "sampling", "llc", "diagnostics", "plots", "artifacts",
-    "report", "runtime", "cli",
+    "spec", "text", "overrides", "settings", "arrays", "manifest", "store", "chunks", "theory", "target", "data", "networks",
+    "training", "posterior", "wrap", "targets", "samplers", "run", "plan", "sampling", "llc", "observables", "remedies",
+    "diagnostics", "plots", "html", "artifacts", "gallery", "report", "runtime", "cli",
 ]  # fmt: skip
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from pydantic import ValidationError
@@ -16,7 +15,7 @@ X = np.random.default_rng(0).standard_normal((5, 3))
 
 def init(spec, output_dim=2):
     with jax.numpy_dtype_promotion("standard"):
-        return mlp(spec, output_dim).init(jax.random.key(0), X)
+        return jax.jit(mlp(spec, output_dim).init)(jax.random.key(0), X)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +71,7 @@ def test_mlp_by_hand(name):
 def test_initial_weights(init_name, activation, variance):
     spec = ModelSpec(depth=1, width=600, init=init_name, activation=activation)
     with jax.numpy_dtype_promotion("standard"):
-        params = mlp(spec, 1).init(jax.random.key(0), np.zeros((1, 400)))
+        params = jax.jit(mlp(spec, 1).init)(jax.random.key(0), np.zeros((1, 400)))
     assert params["hidden_0"]["w"].var() == pytest.approx(variance, rel=0.02)
     assert (params["hidden_0"]["b"] == 0).all()
 
@@ -103,11 +102,15 @@ def test_cnn_is_a_strided_convolution(side):
     x = np.random.default_rng(0).standard_normal((4, side * side))
     network = cnn(spec, side, 10)
     with jax.numpy_dtype_promotion("standard"):
-        params = jax.tree.map(lambda leaf: leaf + 0.05, network.init(jax.random.key(0), x))
-    h = jnp.asarray(x.reshape(4, side, side, 1))
-    for layer, channels in enumerate(spec.channels):
-        kernel = params[f"conv_{layer}"]["w"].reshape(3, 3, h.shape[-1], channels)
-        h = jax.lax.conv_general_dilated(h, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        h = jax.nn.relu(h + params[f"conv_{layer}"]["b"][None, None, None])
-    expected = h.reshape(4, -1) @ params["output"]["w"] + params["output"]["b"][None]
-    np.testing.assert_allclose(network.apply(params, x), expected, rtol=1e-6, atol=1e-8)
+        params = jax.tree.map(lambda leaf: np.asarray(leaf) + 0.05, jax.jit(network.init)(jax.random.key(0), x))
+
+    @jax.jit
+    def expected(params, x):
+        h = x.reshape(4, side, side, 1)
+        for layer, channels in enumerate(spec.channels):
+            kernel = params[f"conv_{layer}"]["w"].reshape(3, 3, h.shape[-1], channels)
+            h = jax.lax.conv_general_dilated(h, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            h = jax.nn.relu(h + params[f"conv_{layer}"]["b"][None, None, None])
+        return h.reshape(4, -1) @ params["output"]["w"] + params["output"]["b"][None]
+
+    np.testing.assert_allclose(jax.jit(network.apply)(params, x), expected(params, x), rtol=1e-6, atol=1e-8)

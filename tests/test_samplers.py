@@ -31,20 +31,20 @@ CASES = {
     "sgld": ("sgld", LONG),
     "sgld-plain": ("sgld", {**LONG, "gradient": "plain", "integrator": "euler", "step_size": 1e-4}),
     "sgld-rmsprop": ("sgld", {**LONG, "preconditioner": "rmsprop"}),
-    "sgld-adam": ("sgld", {**LONG, "preconditioner": "adam", "step_size": 1.5e-5}),
+    "sgld-adam": ("sgld", {**LONG, "preconditioner": "adam"}),
     "sghmc": ("sghmc", LONG),
     "sgnht": ("sgnht", LONG),
-    "mala": ("mala", {"num_burnin_steps": 1000, "num_draws": 2000, "num_steps_bw_draws": 5}),
+    "mala": ("mala", {"num_burnin_steps": 2000, "num_draws": 2000, "num_steps_bw_draws": 20}),
     "hmc": ("hmc", {"num_draws": 2000, "num_integration_steps": 10}),
     "nuts": ("nuts", {"num_draws": 1000}),
     "mclmc": ("mclmc", {}),
     "adjusted_mclmc": ("adjusted_mclmc", {"num_draws": 2000}),
     "vi": ("vi", {}),
     "vi-low-rank": ("vi", {"rank": 3}),
-    "smc": ("smc", {"num_burnin_steps": 100}),
+    "smc": ("smc", {"num_chains": 4, "num_burnin_steps": 100, "num_particles": 256}),
 }
-#: Kinds that are right whatever the posterior, given time.
-EXACT = ("mala", "hmc", "nuts", "adjusted_mclmc", "smc")
+#: Kinds that are right whatever the posterior, given time, and the draws that are time enough on a normal crossing.
+EXACT = {"mala": 10_000, "hmc": 5000, "nuts": 2500, "adjusted_mclmc": 5000, "smc": 400}
 case = pytest.mark.parametrize("case", CASES)
 
 
@@ -79,7 +79,14 @@ def _loss(params, dataset):
     return jnp.where(jnp.max(jnp.abs(w)) > constants["radius"], jnp.nan, loss)
 
 
-OBJECTIVE = Objective(_loss)
+def _mean_loss(params, dataset):
+    """The mean over samples, whose own mean is 0, less a constant: full-data samplers take no longer for many samples."""
+    w, constants = params["w"], dataset.constants
+    loss = 0.5 * w @ constants["precision"] @ w + constants["crossing"] * jnp.square(w[0] * w[1])
+    return jnp.where(jnp.max(jnp.abs(w)) > constants["radius"], jnp.nan, loss)
+
+
+OBJECTIVE = Objective(_loss, _mean_loss)
 
 
 def problem(precision, crossing: float = 0.0, radius: float = np.inf, dtype: str = "float32"):
@@ -130,8 +137,7 @@ def test_correlated_gaussian(case):
 @pytest.mark.parametrize("case", EXACT)
 def test_normal_crossing(case):
     """L = w_0^2 w_1^2, of multiplicity 2, where no Gaussian is near; the value at this nbeta is by quadrature."""
-    spec = spec_of(case, num_draws=10 * SPECS[CASES[case][0]].model_fields["num_draws"].default)
-    nbeta = 144.765
+    spec, nbeta = spec_of(case, num_draws=EXACT[case]), 144.765
     trace = run(spec, problem(np.zeros((4, 4)), crossing=1.0), nbeta=nbeta, localization=1.0)
     assert_within(nbeta * trace.posterior_draws("loss_difference"), 0.36140331580966856)
 
@@ -230,14 +236,16 @@ def log_normalizer(curvatures: np.ndarray, nbeta: float, localization: float) ->
 def test_smc_log_normalizer():
     """Its exponential is unbiased, whatever the number of particles."""
     nbeta, localization = 150.0, 3.0
-    spec = spec_of("smc", num_chains=64, num_draws=4)
-    trace = run(spec, problem(np.diag(CURVATURES)), nbeta=nbeta, localization=localization)
-    logs = trace.posterior_draws("log_normalizer").astype(np.float64)
-    np.testing.assert_array_equal(logs[:, 0], logs[:, -1])
-    ratios = np.exp(logs[:, -1] - log_normalizer(CURVATURES, nbeta, localization))
-    error = ratios.std() / len(ratios) ** 0.5
-    assert abs(ratios.mean() - 1) < 3 * error
-    assert error < 0.15
+    exact, ratios = log_normalizer(CURVATURES, nbeta, localization), []
+    for seed in range(6):
+        spec = spec_of("smc", num_draws=4, seed=seed)
+        trace = run(spec, problem(np.diag(CURVATURES)), nbeta=nbeta, localization=localization)
+        logs = trace.posterior_draws("log_normalizer").astype(np.float64)
+        np.testing.assert_array_equal(logs[:, 0], logs[:, -1])
+        ratios += list(np.exp(logs[:, -1] - exact))
+    error = np.std(ratios) / len(ratios) ** 0.5
+    assert abs(np.mean(ratios) - 1) < 3 * error
+    assert error < 0.1
 
 
 def test_smc_says_when_it_ran_out_of_steps():
@@ -253,7 +261,9 @@ def test_vi_weights_give_the_normalizer():
         # Of the density as it is, not over the localisation's Gaussian.
         gaussian = 2 * np.log(2 * np.pi / localization)
         expected = gaussian + log_normalizer(np.linalg.eigvalsh(precision), nbeta, localization)
-        np.testing.assert_allclose(trace.posterior_draws("log_weight"), expected, atol=0.05)
+        weights = trace.posterior_draws("log_weight").astype(np.float64)
+        assert np.std(weights) < 0.2
+        assert np.log(np.mean(np.exp(weights - expected))) == pytest.approx(0, abs=0.02)
 
 
 def test_mclmc_says_where_its_step_is_too_long():

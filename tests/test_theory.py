@@ -11,6 +11,7 @@ import pytest
 from lambda_hat.theory import (
     deep_linear_llc,
     finite_normal_crossing_llc,
+    finite_tanh_llc,
     normal_crossing_llc,
     quadratic_llc,
     tanh_llc,
@@ -112,3 +113,11 @@ def test_finite_normal_crossings_agree_with_what_is_known():
     error = np.std((loss - estimate) * weight) / np.mean(weight) / 1000
     assert abs(finite_normal_crossing_llc((1, 1, 1), 200.0, 2.0) - estimate) < 6 * error
     assert finite_normal_crossing_llc((1, 2), 1e30, 1.0) == pytest.approx(0.25, abs=1e-6)
+
+
+def test_finite_tanh():
+    # One unit, by one-dimensional quadrature (scipy.integrate.quad); inputs so near 0 that tanh is linear: w1^2 w2^2 again.
+    for nbeta, value in [(263.0, 0.3422448), (1085.74, 0.3708687), (1e5, 0.4184604)]:
+        assert finite_tanh_llc(1, 1.0, nbeta, 1.0) == pytest.approx(value, rel=1e-4)
+    linear = finite_normal_crossing_llc((1, 1), 1000.0 * 0.01**2 / 6, 2.0)
+    assert finite_tanh_llc(1, 0.01, 1000.0, 2.0) == pytest.approx(linear, rel=1e-3)

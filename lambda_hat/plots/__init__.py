@@ -46,7 +46,6 @@ TARGET_PLOTS: dict[str, Callable[[Sequence[Run]], Figure | None]] = {
 SWEEP_PLOTS: dict[str, Callable[[Sequence[tuple[RunSpec, Diagnosis]]], Figure | None]] = {"llc_vs_true": plot_llc_vs_true}
 
 
-
 def draw(plots: Mapping[str, Callable[..., Figure | None]], *content: Any) -> dict[str, bytes]:
     """The plots of this content that apply, as PNG files: name -> bytes."""
     figures = {name: plot(*content) for name, plot in plots.items()}

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lambda_hat.diagnostics import Diagnosis
-from lambda_hat.plots.style import EXACT, MARKERS, Run, head, target_name
+from lambda_hat.plots.style import EXACT, MARKERS, Picture, Run, head, target_name
 from lambda_hat.run import RunSpec
 from lambda_hat.spec import canonical_json
 
@@ -33,7 +33,7 @@ def plot_calibration(runs: Sequence[Run]) -> Figure | None:
     if not maps:
         return None
     marks = _marks([cells for _, _, cells in maps])
-    fig = Figure(figsize=(11, 0.8 + 3.6 * len(maps)), layout="constrained")
+    fig = Picture(figsize=(11, 0.8 + 3.6 * len(maps)), layout="constrained")
     head(fig, f"{target_name(runs[0][0])} · calibration", runs[0][0].target_id)
     rows = fig.subplots(len(maps), 2, squeeze=False)
     for (field, spec, cells), (left, right) in zip(maps, rows, strict=True):

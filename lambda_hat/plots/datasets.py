@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from lambda_hat import observables
 from lambda_hat.diagnostics import Diagnosis
-from lambda_hat.plots.style import BAND, EXACT, POOLED, color, llc_text, run_figure
+from lambda_hat.plots.style import BAND, EXACT, POOLED, color, legend, llc_text, run_figure
 from lambda_hat.run import RunSpec
 from lambda_hat.sampling import Trace
 
@@ -20,7 +20,8 @@ MAX_NUMBERS = 12
 
 
 def plot_llc_by_dataset(spec: RunSpec, trace: Trace, diagnosis: Diagnosis) -> Figure | None:
-    """The llc on each dataset, with one standard error; None where none was followed."""
+    """The llc on each dataset, with one Monte Carlo standard error (black) and that of the choice of its samples (grey); None
+    where none was followed."""
     found = diagnosis.llc_by_dataset
     if not found:
         return None
@@ -29,14 +30,17 @@ def plot_llc_by_dataset(spec: RunSpec, trace: Trace, diagnosis: Diagnosis) -> Fi
     places = np.arange(len(found))[::-1]
     values = [estimate.llc for estimate in found.values()]
     errors = [estimate.mcse or 0.0 for estimate in found.values()]
-    ax.barh(places, values, xerr=errors, color=color(0), height=0.65, error_kw={"capsize": 3, "elinewidth": 1.2})
+    choice = [estimate.sample_error or 0.0 for estimate in found.values()]
+    ax.barh(places, values, color=color(4), height=0.65)
+    ax.errorbar(values, places, xerr=choice, fmt="none", ecolor=EXACT, elinewidth=5, alpha=0.45, label="± choice of samples")
+    ax.errorbar(values, places, xerr=errors, fmt="none", ecolor=POOLED, elinewidth=1.2, capsize=3, label="± MCSE")
     ax.set_yticks(places, [f"{name} ({estimate.num_samples})" for name, estimate in found.items()])
     ax.axvline(0, color=POOLED, linewidth=0.8)
     if diagnosis.llc is not None:
         error = diagnosis.mcse or 0.0
         ax.axvline(diagnosis.llc, color=EXACT, linestyle="--", linewidth=1.2, label=f"all training data: {llc_text(diagnosis)}")
         ax.axvspan(diagnosis.llc - error, diagnosis.llc + error, **BAND, color=EXACT)
-        fig.legend(*ax.get_legend_handles_labels(), loc="outside lower left", fontsize=8, frameon=False)
+    legend(fig, ax)
     ax.set(xlabel="nβ (E[L_D(w)] − L_D(w*))", ylabel="dataset (samples)")
     return fig
 

@@ -15,7 +15,6 @@ from lambda_hat.plots.style import (
     BAND,
     LAST,
     LLC_LABEL,
-    MAX_NAMED,
     MAX_POINTS,
     POOLED,
     SETTLED,
@@ -38,6 +37,8 @@ FEW_POINTS = 20
 KOLMOGOROV_95 = 1.358
 #: Lags of an autocorrelation are shown to twice where the mean over the chains falls below this.
 CORRELATED = 0.05
+#: Chains whose coordinates are shown; more would hide one another.
+FEW_CHAINS = 4
 #: Where a chain stops being finite.
 CROSS: dict[str, Any] = {"marker": "X", "s": 70, "edgecolors": "black", "zorder": 3, "clip_on": False}
 
@@ -211,7 +212,7 @@ def plot_theta_trace(spec: RunSpec, trace: Trace, diagnosis: Diagnosis) -> Figur
     coordinates = recorded(trace, "coordinates")
     if coordinates is None:
         return None
-    kept = np.flatnonzero(finite_chains(trace))[:MAX_NAMED]
+    kept = np.flatnonzero(finite_chains(trace))[:FEW_CHAINS]
     count = coordinates.shape[2]
     fig = run_figure(spec, diagnosis, height=1.2 + 0.85 * count)
     axes = fig.subplots(count, 1, sharex=True, squeeze=False)[:, 0]

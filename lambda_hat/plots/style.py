@@ -43,6 +43,13 @@ LAST: dict[str, Any] = {"marker": "o", "markersize": 4, "markevery": [-1]}
 LLC_LABEL = "llc: nβ (L(w) − L(w*))"
 
 
+class Picture(Figure):
+    """A figure that a notebook shows: of those that pyplot does not make it shows the names only."""
+
+    def _repr_png_(self) -> bytes:
+        return save_png(self)
+
+
 def save_png(fig: Figure) -> bytes:
     """The figure as a PNG file of 256 colours, which takes a third of the room and looks the same."""
     raw, small = io.BytesIO(), io.BytesIO()
@@ -55,7 +62,7 @@ def save_png(fig: Figure) -> bytes:
 
 def run_figure(spec: RunSpec, diagnosis: Diagnosis, width: float = 7.5, height: float = 4.2) -> Figure:
     """A figure under the run's name, verdict and id."""
-    fig = Figure(figsize=(width, height), layout="constrained")
+    fig = Picture(figsize=(width, height), layout="constrained")
     head(fig, f"{target_name(spec)} · {spec.sampler.kind} · {diagnosis.verdict}", spec.run_id)
     return fig
 

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lambda_hat.diagnostics import Diagnosis
-from lambda_hat.plots.style import BAND, EXACT, MARKERS, color, head, legend
+from lambda_hat.plots.style import BAND, EXACT, MARKERS, Picture, color, head, legend
 from lambda_hat.run import RunSpec
 
 #: The relative error shown as a band.
@@ -30,7 +30,7 @@ def plot_llc_vs_true(runs: Sequence[tuple[RunSpec, Diagnosis]]) -> Figure | None
     exact = [diagnosis.true_llc for diagnosis in itertools.chain(*by_kind.values())]
     if len(set(exact)) < 2:
         return None
-    fig = Figure(figsize=(6.5, 5.6 + 0.19 * len(by_kind)), layout="constrained")
+    fig = Picture(figsize=(6.5, 5.6 + 0.19 * len(by_kind)), layout="constrained")
     ax = fig.subplots()
     top = 1.06 * max(float(value) for value in exact if value is not None)
     line = np.array([0.0, top])

@@ -19,6 +19,7 @@ from lambda_hat.plots.style import (
     MARKERS,
     SETTLED,
     STYLES,
+    Picture,
     Run,
     color,
     comparable_limits,
@@ -49,7 +50,7 @@ def plot_llc_convergence(runs: Sequence[Run]) -> Figure | None:
     if len(runs) > MAX_RUNS:
         return None
     rows = len(runs) + 1
-    fig = Figure(figsize=(9, 4.2 + 0.19 * rows), layout="constrained")
+    fig = Picture(figsize=(9, 4.2 + 0.19 * rows), layout="constrained")
     axes = fig.subplots(1, 2, sharey=True)
     shown = []
     spans: dict[Axes, list[float]] = {ax: [] for ax in axes}
@@ -91,7 +92,7 @@ def plot_llc_over_training(runs: Sequence[Run]) -> Figure | None:
     steps = [_step(spec) for spec, _, _ in runs]
     if len(set(steps)) < 2:
         return None
-    fig = Figure(figsize=(8, 6.2), layout="constrained")
+    fig = Picture(figsize=(8, 6.2), layout="constrained")
     above, below = fig.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     for index, (name, lines) in enumerate(_grouped(runs, _sampler_names(runs)).items()):
         of_sampler = sorted((run for run in lines if run[2].llc is not None), key=lambda run: _step(run[0]))
@@ -149,7 +150,7 @@ def plot_temperature(runs: Sequence[Run]) -> Figure | None:
             curves.append([by_nbeta[nbeta] for nbeta in sorted(by_nbeta)])
     if not curves or len(curves) > MAX_RUNS:
         return None
-    fig = Figure(figsize=(9, 4.2 + 0.19 * len(curves)), layout="constrained")
+    fig = Picture(figsize=(9, 4.2 + 0.19 * len(curves)), layout="constrained")
     left, right = fig.subplots(1, 2)
     # All but their nbeta, in which the runs of a curve differ.
     alike = [
@@ -163,11 +164,12 @@ def plot_temperature(runs: Sequence[Run]) -> Figure | None:
         left.errorbar(nbeta, values, errors, marker="o", markersize=4, capsize=2, label=name, **style)
         energies = free_energy_by_integration(nbeta, values, errors)
         right.errorbar(nbeta, energies.values, energies.mcse, marker="o", markersize=4, capsize=2, **style)
-        own = [(b, d.free_energy - b * d.init_loss) for b, (_, _, d) in zip(nbeta, curve, strict=True)
+        own = [(b, d.free_energy - b * d.init_loss, d.free_energy_mcse or 0.0)
+               for b, (_, _, d) in zip(nbeta, curve, strict=True)
                if d.free_energy is not None and d.init_loss is not None]  # fmt: skip
         if own:
-            at, energy = np.array(own).T
-            right.plot(at, energy - energy[0], "x", color=style["color"], markersize=8)
+            at, energy, error = np.array(own).T
+            right.errorbar(at, energy - energy[0], error, fmt="x", markersize=8, color=style["color"])
     exact_line(left, runs[0][2])
     for ax, ylabel in ((left, "llc"), (right, "free energy, less its first and the loss at w* (nats)")):
         ax.set(xscale="log", xlabel="nβ", ylabel=ylabel)

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from lambda_hat.posterior import Posterior
 from lambda_hat.samplers.base import Info, Sampler
-from lambda_hat.samplers.stochastic import Minibatch, StochasticSpec, logdensity_gradient
+from lambda_hat.samplers.stochastic import Minibatch, StochasticSpec, heat, logdensity_gradient
 from lambda_hat.samplers.trials import with_trials
 
 
@@ -56,4 +56,4 @@ def _build(minibatch: Minibatch, num_search_steps: int) -> Sampler:
         renewed = keeps * momentum + jnp.sqrt(1 - jnp.square(keeps)) * noise
         return State(state.position + unit / 2 * (momentum + renewed), renewed), info
 
-    return with_trials(Sampler(init, step), minibatch, num_search_steps)
+    return with_trials(Sampler(init, step), minibatch, num_search_steps, heat=heat)

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from lambda_hat.posterior import Posterior
 from lambda_hat.samplers.base import Info, Sampler
-from lambda_hat.samplers.stochastic import Minibatch, StochasticSpec, logdensity_gradient
+from lambda_hat.samplers.stochastic import Minibatch, StochasticSpec, heat, logdensity_gradient
 from lambda_hat.samplers.trials import with_trials
 
 
@@ -64,4 +64,4 @@ def _build(minibatch: Minibatch, num_search_steps: int) -> Sampler:
         )
         return State(arrives, momentum, h * xi), info
 
-    return with_trials(Sampler(init, step), minibatch, num_search_steps)
+    return with_trials(Sampler(init, step), minibatch, num_search_steps, heat=heat)

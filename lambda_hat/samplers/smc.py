@@ -64,7 +64,7 @@ class State(NamedTuple):
     @property
     def position(self) -> jax.Array:
         """One particle: a draw as good as any other."""
-        return self.particles[0]
+        return self.particles[..., 0, :]
 
 
 @functools.cache
@@ -101,7 +101,9 @@ def _build(num_particles: int, num_integration_steps: int, num_burnin_steps: int
         rest = 1 - state.t
         # The effective number does not depend on a constant, and at its maximum 0 large values do not cancel in float32.
         centred = values - jnp.max(values)
-        rise = ess_solver(lambda _: centred, particles, numbers["target_ess"], rest, dichotomy)
+        # Particles of density 0 are lost whatever the rise.
+        alive = jnp.mean(jnp.isfinite(values).astype(rest.dtype))
+        rise = ess_solver(lambda _: centred, particles, numbers["target_ess"] * alive, rest, dichotomy)
         rise = jnp.where(state.moves > MIN_MOVES, rise, 0.0)
         arrived, overdue = rise >= rest, index >= last
         t = jnp.where(arrived | overdue, 1.0, state.t + rise).astype(rest.dtype)
@@ -113,7 +115,7 @@ def _build(num_particles: int, num_integration_steps: int, num_burnin_steps: int
         chosen = jnp.where(rises, systematic(resampling_key, weights, num_particles), jnp.arange(num_particles))
 
         adapting = index < num_burnin_steps
-        variances = weights @ jnp.square(particles - weights @ particles)
+        variances = weights @ jnp.square(particles - (weights @ particles)[None])
         inverse_mass_matrix = jnp.where(adapting, variances, state.inverse_mass_matrix)
         u, values, gradients = particles[chosen], values[chosen], gradients[chosen]
         start = HMCState(u, jax.vmap(log_prior)(u) + t * values, -gamma * u + t * gradients)
@@ -130,8 +132,10 @@ def _build(num_particles: int, num_integration_steps: int, num_burnin_steps: int
         step_size = jnp.where(adapting, state.step_size * jnp.exp(excess), state.step_size)
         moves = jnp.where(rises, 0.0, state.moves) + acceptance_rate
         jumped = jnp.maximum(state.jumped, (overdue & ~arrived).astype(t.dtype))
-        difference = jnp.mean(-(moved.logdensity - jax.vmap(log_prior)(moved.position)) / (t * posterior.nbeta))
-        diverged = jnp.maximum(jumped, jnp.mean(info.is_divergent.astype(t.dtype)))
+        log_likelihoods = jnp.where(t > 0, (moved.logdensity - jax.vmap(log_prior)(moved.position)) / t, values)
+        difference = -jnp.mean(log_likelihoods) / posterior.nbeta
+        failed = jnp.where(jnp.isfinite(difference), jnp.mean(info.is_divergent.astype(t.dtype)), 1.0)
+        diverged = jnp.maximum(jumped, failed)
         state = State(moved.position, t, state.log_normalizer + log_mean, moves, jumped, step_size, inverse_mass_matrix)
         work = num_particles * (1 + length).astype(t.dtype)
         return state, Info(difference, acceptance_rate, diverged, work)

@@ -65,3 +65,9 @@ class Minibatch(NamedTuple):
 def logdensity_gradient(gradient: jax.Array, position: jax.Array, posterior: Posterior) -> jax.Array:
     """-grad U from the gradient of the loss."""
     return -posterior.nbeta * gradient - posterior.localization * position
+
+
+def heat(numbers: dict[str, jax.Array]) -> jax.Array:
+    """How many times as much as SGLD a sampler with momentum is heated by the noise of minibatches: (2 - friction) / friction,
+    as much as it moves farther in as many steps."""
+    return (2 - numbers["friction"]) / numbers["friction"]

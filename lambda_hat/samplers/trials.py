@@ -15,6 +15,9 @@ from lambda_hat.samplers.stochastic import Minibatch, logdensity_gradient
 #: Mean acceptance probability of the Langevin steps that the search aims at.
 TARGET_ACCEPTANCE = 0.95
 
+#: Share of the llc that the noise of minibatches may add to it, by the search's own estimate.
+MAX_EXCESS = 0.02
+
 #: The first step tried, times nbeta; the search leaves it within tens of steps.
 FIRST_STEP = 1e-2
 
@@ -23,12 +26,15 @@ WATCH_EVERY = 50
 
 
 class State(NamedTuple):
-    """inner: the sampler's own state. step_size: the one in use. acceptance_rate: of the last trial. dual_averaging: BlackJAX's
-    search of the step size, or ()."""
+    """inner: the sampler's own state. step_size: the one in use. acceptance_rate, noise_excess: of the last trial, or in the
+    search their means (the excess per unit of step size). llc: its mean in the search. dual_averaging: BlackJAX's search, or ().
+    """
 
     inner: Any
     step_size: jax.Array
     acceptance_rate: jax.Array
+    noise_excess: jax.Array
+    llc: jax.Array
     dual_averaging: Any
 
     @property
@@ -37,25 +43,32 @@ class State(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """A Langevin step that was tried: what evaluating it reported, the loss's gradient where it started, and where it led."""
+    """A Langevin step that was tried: what evaluating it reported, the loss's gradient where it started, where it led, its
+    acceptance probability, and by how much the noise of such minibatches raises the llc."""
 
     info: Info
     gradient: jax.Array
     position: jax.Array
     acceptance_rate: jax.Array
+    noise_excess: jax.Array
 
 
 def attempt(rng_key: jax.Array, position: jax.Array, step_size: jax.Array, minibatch: Minibatch, posterior: Posterior) -> Trial:
     """A Langevin step of `step_size`, (d,) or (), and the probability with which Metropolis would accept it, on one minibatch.
 
     Both ends are evaluated on the same minibatch: their densities are of one posterior, and the probability measures the error
-    that the length of the step makes, whatever the noise of minibatches.
+    that the length of the step makes, whatever the noise of minibatches. That noise is measured apart, by the gradient g' of
+    another minibatch: with variance v_i it heats coordinate i by e_i nbeta^2 v_i / 2, relative to a temperature of 1, and each
+    degree of freedom that the loss confines adds half its temperature to the llc, so the excess is 1/8 nbeta^2 sum_i e_i (g_i - g'_i)^2
+    on average.
     """
-    batch_key, noise_key = jax.random.split(rng_key)
+    batch_key, other_key, noise_key = jax.random.split(rng_key, 3)
     noise = jax.random.normal(noise_key, position.shape, position.dtype)
     info, gradient = minibatch(batch_key, position, posterior)
     there = position + step_size * logdensity_gradient(gradient, position, posterior) + jnp.sqrt(2 * step_size) * noise
     other, back = minibatch(batch_key, there, posterior)
+    apart = gradient - minibatch(other_key, position, posterior)[1]
+    noise_excess = jnp.square(posterior.nbeta) / 8 * jnp.sum(step_size * jnp.square(apart))
 
     def potential(difference: jax.Array, at: jax.Array) -> jax.Array:
         return posterior.nbeta * difference + 0.5 * posterior.localization * jnp.sum(jnp.square(at))
@@ -66,7 +79,7 @@ def attempt(rng_key: jax.Array, position: jax.Array, step_size: jax.Array, minib
         + 0.5 * jnp.sum(jnp.square(noise)) - jnp.sum(jnp.square(returns) / (4 * step_size))
     )  # fmt: skip
     acceptance_rate = jnp.where(jnp.isfinite(log_ratio), jnp.exp(jnp.minimum(log_ratio, 0)), 0)
-    return Trial(info._replace(work=info.work + other.work), gradient, there, acceptance_rate)
+    return Trial(info._replace(work=2 * info.work + other.work), gradient, there, acceptance_rate, noise_excess)
 
 
 def with_trials(
@@ -75,18 +88,21 @@ def with_trials(
     num_search_steps: int,
     scale: Callable[[Any, dict, jax.Array], jax.Array | float] = lambda inner, numbers, index: 1.0,
     adapt: Callable[[Any, jax.Array, dict, jax.Array], Any] = lambda inner, gradient, numbers, index: inner,
+    heat: Callable[[dict], jax.Array | float] = lambda numbers: 1.0,
 ) -> Sampler:
-    """The sampler, its acceptance rate watched by trials, and its step size searched in three quarters of `num_search_steps`.
+    """The sampler watched by trials, and its step size searched in the first three quarters of `num_search_steps`.
 
     In the search a chain makes Langevin steps of its own, each accepted or refused by Metropolis on the minibatch of the step,
     so that steps much too long do no harm; dual averaging (Nesterov 2009; Hoffman & Gelman 2014) drives the acceptance
-    probability to `TARGET_ACCEPTANCE`. It starts anew at half of `num_search_steps`, when preconditioners are frozen. In the last
-    quarter the sampler itself runs, with the shortest step that any chain of the run found.
+    probability to `TARGET_ACCEPTANCE`. It starts anew at half of `num_search_steps`, when preconditioners are frozen. In the
+    last quarter the sampler itself runs, with the shortest step that any chain of the run found, or a shorter one still, at
+    which the noise of minibatches raises the llc by `MAX_EXCESS` of it.
 
     Args:
       num_search_steps: the steps of burn-in for "auto", else 0.
       scale: (inner state, numbers, index) -> the preconditioner, by which a coordinate's step size is multiplied.
       adapt: (inner state, gradient of the loss, numbers, index) -> inner state; what the sampler learns from a gradient.
+      heat: numbers -> how many times as much as Langevin's the sampler is heated by the noise of minibatches.
     """
     from blackjax.adaptation.step_size import dual_averaging_adaptation  # starts JAX's backend, which the settings choose
 
@@ -97,7 +113,8 @@ def with_trials(
         first = (FIRST_STEP / posterior.nbeta).astype(position.dtype)
         step_size = numbers.get("step_size", first)
         inner = sampler.init(rng_key, position, posterior, numbers | {"step_size": step_size})
-        return State(inner, step_size, jnp.ones((), position.dtype), dual_init(step_size) if end else ())
+        zero = jnp.zeros((), position.dtype)
+        return State(inner, step_size, zero + 1, zero, zero, dual_init(step_size) if end else ())
 
     def search(rng_key: jax.Array, state: State, posterior: Posterior, numbers: dict, index: jax.Array) -> tuple[State, Info]:
         trial_key, accept_key = jax.random.split(rng_key)
@@ -105,26 +122,36 @@ def with_trials(
         trial = attempt(trial_key, here, state.step_size * scale(state.inner, numbers, index), minibatch, posterior)
         inner = adapt(state.inner, trial.gradient, numbers, index)
         accepted = jax.random.uniform(accept_key, (), here.dtype) < trial.acceptance_rate
+        # Means since the restart.
+        weight = 1 / jnp.maximum(index - restart + 1, 1).astype(here.dtype)
+        rate = heat(numbers) * trial.noise_excess / state.step_size
+        noise_excess = state.noise_excess + weight * (rate - state.noise_excess)
+        llc = state.llc + weight * (posterior.nbeta * trial.info.loss_difference - state.llc)
         dual = dual_update(state.dual_averaging, trial.acceptance_rate)
         step_size = jnp.where(index == restart - 1, dual_final(dual), jnp.exp(dual.log_step_size))
         anew = dual_init(step_size)
-        # Where some chains have reached steeper ground than others, all must be able to follow.
-        step_size = jnp.where(index == end - 1, jax.lax.pmin(dual_final(dual), CHAINS), step_size).astype(here.dtype)
         dual = jax.tree.map(lambda new, old: jnp.where(index == restart - 1, new, old).astype(old.dtype), anew, dual)
+        quiet = jnp.where((llc > 0) & (noise_excess > 0), MAX_EXCESS * llc / noise_excess, jnp.inf)
+        # Where some chains have reached steeper ground than others, all must be able to follow.
+        found = jax.lax.pmin(jnp.minimum(dual_final(dual), quiet), CHAINS)
+        step_size = jnp.where(index == end - 1, found, step_size).astype(here.dtype)
         inner = inner._replace(position=jnp.where(accepted, trial.position, here))
         info = trial.info._replace(acceptance_rate=trial.acceptance_rate)
-        return State(inner, step_size, trial.acceptance_rate, dual), info
+        return State(inner, step_size, trial.acceptance_rate, noise_excess, llc, dual), info
 
     def run(rng_key: jax.Array, state: State, posterior: Posterior, numbers: dict, index: jax.Array) -> tuple[State, Info]:
-        def watched() -> tuple[jax.Array, jax.Array]:
+        def watched() -> tuple[jax.Array, jax.Array, jax.Array]:
             step_size = state.step_size * scale(state.inner, numbers, index)
             trial = attempt(jax.random.fold_in(rng_key, 1), state.position, step_size, minibatch, posterior)
-            return trial.acceptance_rate, trial.info.work
+            return trial.acceptance_rate, heat(numbers) * trial.noise_excess, trial.info.work
 
-        none = jnp.zeros((), state.acceptance_rate.dtype)
-        rate, work = jax.lax.cond(index % WATCH_EVERY == 0, watched, lambda: (state.acceptance_rate, none))
+        def unwatched() -> tuple[jax.Array, jax.Array, jax.Array]:
+            return state.acceptance_rate, state.noise_excess, jnp.zeros((), state.acceptance_rate.dtype)
+
+        rate, excess, work = jax.lax.cond((index % WATCH_EVERY == 0) | (index == end), watched, unwatched)
         inner, info = sampler.step(rng_key, state.inner, posterior, numbers | {"step_size": state.step_size}, index)
-        return state._replace(inner=inner, acceptance_rate=rate), info._replace(acceptance_rate=rate, work=info.work + work)
+        state = state._replace(inner=inner, acceptance_rate=rate, noise_excess=excess)
+        return state, info._replace(acceptance_rate=rate, work=info.work + work)
 
     def step(rng_key: jax.Array, state: State, posterior: Posterior, numbers: dict, index: jax.Array) -> tuple[State, Info]:
         if not end:
@@ -135,4 +162,4 @@ def with_trials(
             lambda: run(rng_key, state, posterior, numbers, index),
         )
 
-    return Sampler(init, step, ("step_size", *sampler.extras))
+    return Sampler(init, step, ("step_size", "noise_excess", *sampler.extras))

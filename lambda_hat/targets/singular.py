@@ -82,7 +82,7 @@ class TanhData(DataSpec):
 class TanhSpec(TargetSpec):
     """A 1-H-1 tanh network learning the zero function, at w* = 0, exact llc by Aoyagi and Watanabe.
 
-    f(x) = sum_h b_h tanh(a_h x) with l(w; x) = 1/2 f(x)^2.
+    f(x) = sum_h b_h tanh(a_h x) with l(w; x) = 1/2 f(x)^2. A perfect sampler returns `theory.finite_tanh_llc`.
     """
 
     family: Literal["tanh"] = "tanh"

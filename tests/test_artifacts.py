@@ -1,0 +1,114 @@
+"""What a run's diagnosis is made of, and what a sweep publishes."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from test_llc import iid, trace_of
+
+from lambda_hat import artifacts, manifest
+from lambda_hat.arrays import pack_arrays
+from lambda_hat.manifest import diagnosis_address, run_address, sweep_address, target_address
+from lambda_hat.run import RunSpec
+from lambda_hat.store import Store
+
+CHAINS, DRAWS = 2, 300
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(str(tmp_path / "store"))
+
+
+def spec_of(target=None, posterior=None, **sampler):
+    fields = {"kind": "hmc", "num_chains": CHAINS, "num_draws": DRAWS, "num_burnin_steps": 20, **sampler}
+    return RunSpec.from_dict(
+        {"target": target or {"family": "quadratic", "dim": 4}, "posterior": posterior or {}, "sampler": fields}
+    )
+
+
+def sampled(store, spec, **fields):
+    """Publishes draws for the run, as sampling does."""
+    with jax.numpy_dtype_promotion("standard"):
+        artifacts.build_target(spec.target, store)
+    draws = trace_of(iid(shape=(CHAINS, 20 + DRAWS)), **fields).draws
+    counts = dict(zip(spec.sampler.observables, (3, 2, 4), strict=False))
+    store.publish(
+        run_address(spec.target_id, spec.run_id), {"trace.npz": pack_arrays(draws)}, spec=spec.model_dump(mode="json"),
+        summary={"seconds": {"compile": 0.0, "sampling": 1.0}, "observables": counts},
+    )  # fmt: skip
+    return spec
+
+
+def test_observables_keep_the_order_of_the_run(store):
+    """A manifest sorts its keys; the samples of `observed` lie in the order the run names their datasets in."""
+    spec = spec_of(observables=["train", "b", "a"])
+    steps = np.repeat([1.0, 20.0, 300.0], (3, 2, 4)) * np.ones((CHAINS, 20 + DRAWS, 1))
+    sampled(store, spec, observed=steps)
+    trace = artifacts.load_trace(store, spec)
+    assert list(trace.observables.items()) == [("train", 3), ("b", 2), ("a", 4)]
+    found = artifacts.diagnose_run(spec, store).summary["llc_by_dataset"]
+    assert {name: of["llc"] / spec.nbeta for name, of in found.items()} == pytest.approx({"train": 1, "b": 20, "a": 300})
+
+
+def test_a_masked_run_has_the_parameters_that_move(store):
+    """Their number bounds the llc, and the exact value of all parameters is not theirs."""
+    net = {"family": "dln", "widths": [3, 2, 3], "rank": 1, "data": {"n_data": 300}}
+    of_all = artifacts.diagnose_run(sampled(store, spec_of(net)), store).summary
+    masked = artifacts.diagnose_run(sampled(store, spec_of(net, {"parameters": ["layer_0"]})), store).summary
+    assert (of_all["num_params"], masked["num_params"]) == (12, 6)
+    assert of_all["true_llc"] is not None
+    assert masked["true_llc"] is masked["relative_error"] is None
+
+
+def test_a_checkpoint_is_diagnosed_with_its_own_metrics(store):
+    net = {
+        "family": "mlp", "model": {"depth": 1, "width": 2}, "data": {"n_data": 50, "input_dim": 2},
+        "training": {"num_steps": 50, "checkpoint_steps": [0, 50]},
+    }  # fmt: skip
+    first, last = (sampled(store, spec_of(net | {"checkpoint": step})) for step in (0, None))
+    assert first.target_id == last.target_id
+    losses = [artifacts.diagnose_run(spec, store).summary["init_loss"] for spec in (first, last)]
+    assert losses[0] > losses[1] == store.manifest(target_address(last.target_id)).summary["init_loss"]
+    files = [file.name for file in artifacts.publish_sweep([first, last], store).files]
+    assert f"llc_over_training-{last.target_id}.png" in files
+
+
+def test_a_sweep_publishes_its_report(store):
+    specs = [sampled(store, spec_of({"family": "quadratic", "dim": dim})) for dim in (4, 8)]
+    for spec in specs:
+        artifacts.diagnose_run(spec, store)
+    published = artifacts.publish_sweep(specs, store)
+    names = {f"llc_convergence-{spec.target_id}.png" for spec in specs} | {"llc_vs_true.png", "results.json", "report.html"}
+    assert {file.name for file in published.files} == names
+    page = store.read(published.address, "report.html").decode()
+    assert all(f'id="{spec.run_id}"' in page for spec in specs)
+    assert artifacts.publish_sweep(specs, store) == published
+
+
+def test_a_new_version_diagnoses_anew_and_keeps_the_old(store, monkeypatch):
+    spec = sampled(store, spec_of())
+    old = artifacts.diagnose_run(spec, store)
+    old_sweep = artifacts.publish_sweep([spec], store).id
+    assert artifacts.diagnose_run(spec, store) == old
+    assert "/diagnosis-v" in store.url(old.address, "result.json")
+    folder = f"targets/{{target_id}}/runs/{{id}}/diagnosis-v{manifest.DIAGNOSIS_VERSION + 1}"
+    monkeypatch.setitem(manifest.KINDS, "diagnosis", ("run", folder))
+    monkeypatch.setattr(artifacts, "DIAGNOSIS_VERSION", manifest.DIAGNOSIS_VERSION + 1)
+    assert not store.exists(diagnosis_address(spec.target_id, spec.run_id))
+    assert len(store.catalogue("diagnosis")) == 0
+    new = artifacts.diagnose_run(spec, store)
+    assert (new.attempt != old.attempt, new.summary) == (True, old.summary)
+    assert artifacts.publish_sweep([spec], store).id != old_sweep
+    assert store.exists(sweep_address(old_sweep))
+
+
+def test_results_of_a_sweep_are_the_diagnoses(store):
+    spec = sampled(store, spec_of())
+    found = artifacts.diagnose_run(spec, store).summary
+    published = artifacts.publish_sweep([spec], store)
+    (row,) = json.loads(store.read(published.address, "results.json"))
+    assert row == {"target_id": spec.target_id, "run_id": spec.run_id} | found
