@@ -93,6 +93,27 @@ class ModelSpec(Spec):
         return sum((inner + self.bias) * outer for inner, outer in pairs) + 2 * self.layernorm * sum(hidden)
 
 
+class Dense(hk.Module):
+    """W^T h + b of features-first activations h, (in, batch) to (out, batch), with w of shape (in, out) as in hk.Linear.
+
+    With the batch last, CPUs do the products of the forward and both backward passes at one speed; with it first, that of the
+    weights' gradient takes twice as long.
+    """
+
+    def __init__(self, width: int, with_bias: bool, w_init: hk.initializers.Initializer | None, name: str) -> None:
+        super().__init__(name=name)
+        self.width, self.with_bias, self.w_init = width, with_bias, w_init
+
+    def __call__(self, h: jax.Array) -> jax.Array:
+        fan_in = h.shape[0]
+        init = self.w_init or hk.initializers.TruncatedNormal(fan_in**-0.5)
+        w = hk.get_parameter("w", (fan_in, self.width), h.dtype, init)
+        out = jnp.einsum("io,ib->ob", w, h)
+        if self.with_bias:
+            out = out + hk.get_parameter("b", (self.width,), h.dtype, jnp.zeros)[:, None]
+        return out
+
+
 @functools.cache
 def mlp(spec: ModelSpec, output_dim: int) -> hk.Transformed:
     """The network as a pure (init, apply) pair: `apply(params, x)` maps (batch, in) to (batch, output_dim).
@@ -103,13 +124,14 @@ def mlp(spec: ModelSpec, output_dim: int) -> hk.Transformed:
 
     def forward(x: jax.Array) -> jax.Array:
         init = initializer(spec.init, spec.activation)
+        h = x.T
         for layer, width in enumerate(spec.hidden_widths(x.shape[-1], output_dim)):
-            h = hk.Linear(width, with_bias=spec.bias, w_init=init, name=f"hidden_{layer}")(x)
+            out = Dense(width, spec.bias, init, f"hidden_{layer}")(h)
             if spec.layernorm:
-                h = hk.LayerNorm(-1, create_scale=True, create_offset=True, name=f"norm_{layer}")(h)
-            h = ACTIVATIONS[spec.activation](h)
-            x = x + h if spec.skip and h.shape == x.shape else h
-        return hk.Linear(output_dim, with_bias=spec.bias, name="output")(x)
+                out = hk.LayerNorm(-1, create_scale=True, create_offset=True, name=f"norm_{layer}")(out.T).T
+            out = ACTIVATIONS[spec.activation](out)
+            h = h + out if spec.skip and out.shape == h.shape else out
+        return Dense(output_dim, spec.bias, None, "output")(h).T
 
     return hk.without_apply_rng(hk.transform(forward))
 

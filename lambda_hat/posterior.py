@@ -151,15 +151,14 @@ def num_selected(params: Params, selection: Selection) -> int:
 def to_params(position: jax.Array, params_star: Params, scales: Sequence[jax.Array], selection: Selection) -> Params:
     """w = w* + scale * u on the selected parameters."""
     leaves, structure = jax.tree.flatten(params_star)
-    shapes = iter(_shapes(params_star, selection))
-    start = 0
-    for place, index in enumerate(selection):
-        if index is None:
-            continue
-        shape = next(shapes)
-        offset = scales[place] * position[start : start + math.prod(shape)].reshape(shape)
-        leaves[place] = leaves[place] + offset if index == "" else jnp.asarray(leaves[place]).at[_index(index)].add(offset)
-        start += math.prod(shape)
+    shapes = _shapes(params_star, selection)
+    # Not slices, whose gradients are additions to the whole vector.
+    parts = jax.lax.split(position, [math.prod(shape) for shape in shapes])
+    moving = [place for place, index in enumerate(selection) if index is not None]
+    for place, part, shape in zip(moving, parts, shapes, strict=True):
+        offset = scales[place] * part.reshape(shape)
+        index = _index(selection[place] or "")
+        leaves[place] = leaves[place] + offset if not index else jnp.asarray(leaves[place]).at[index].add(offset)
     return jax.tree.unflatten(structure, leaves)
 
 

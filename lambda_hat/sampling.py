@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lambda_hat import random
 from lambda_hat.chunks import Progress, compile_clock, no_progress, run_in_chunks
 from lambda_hat.posterior import (
     Centre,
@@ -123,7 +124,7 @@ def _program(objective: Objective, spec: SamplerSpec, selection: Selection, buff
 
     def chain_key(lane: _Lanes, chain: jax.Array, step: jax.Array | int) -> jax.Array:
         """One key per chain and step, whatever the chunks: a resumed run draws what an uninterrupted one draws."""
-        return jax.random.fold_in(jax.random.fold_in(jax.random.key(lane.seed), chain), step)
+        return jax.random.fold_in(jax.random.fold_in(random.key(lane.seed), chain), step)
 
     def over_chains(function: Callable, inputs: _Inputs, *states: Any) -> Any:
         """function(lane, posterior, chain, *state) of every lane and chain."""

@@ -6,7 +6,7 @@ however many write at once: equal ids have equal content, and the last manifest 
 
     <root>/targets/<target_id>/                            manifest.json  files/<attempt>/<name>
     <root>/targets/<target_id>/runs/<run_id>/              the same
-    <root>/targets/<target_id>/runs/<run_id>/diagnosis/    the same
+    <root>/targets/<target_id>/runs/<run_id>/diagnosis-v2/ the same
     <root>/sweeps/<sweep_id>/                              the same
 """
 

@@ -1,4 +1,4 @@
-"""Everything the documents show as code runs: ```sh as commands, ```python as a script, ```toml as settings."""
+"""Everything the documents show as code runs: ```sh as commands, ```python as a script, ```toml as settings, and the notebooks."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 from lambda_hat.plan import check_presets
 from lambda_hat.settings import load_settings
 
 ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "docs").glob("*.ipynb"))
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
 
 
@@ -55,7 +58,23 @@ def test_commands(surroundings):
 @pytest.mark.parametrize(("name", "text"), blocks("python"), ids=lambda value: value if value.endswith(".md") else "")
 def test_python(name, text, surroundings):
     folder, environment = surroundings
-    subprocess.run([sys.executable, "-c", text], cwd=folder, env=environment, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", text], cwd=folder, env=environment, check=True, timeout=300)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning", "ignore::ResourceWarning")  # Jupyter's own
+def test_notebook(path, tmp_path, monkeypatch):
+    """It holds no outputs, runs, and shows its figures."""
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in code), "clear the outputs before committing"
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    for cell in code:
+        if ".plot" in cell.source.splitlines()[-1]:
+            assert "image/png" in cell.outputs[-1].data, cell.source
 
 
 @pytest.mark.parametrize(("name", "text"), blocks("toml"), ids=lambda value: value if value.endswith(".md") else "")

@@ -31,12 +31,12 @@ CASES = {
     "sgld": ("sgld", LONG),
     "sgld-plain": ("sgld", {**LONG, "gradient": "plain", "integrator": "euler", "step_size": 1e-4}),
     "sgld-rmsprop": ("sgld", {**LONG, "preconditioner": "rmsprop"}),
-    "sgld-adam": ("sgld", {**LONG, "preconditioner": "adam"}),
+    "sgld-adam": ("sgld", {**LONG, "preconditioner": "adam", "step_size": 1.5e-5, "num_steps_bw_draws": 40}),
     "sghmc": ("sghmc", LONG),
     "sgnht": ("sgnht", LONG),
     "mala": ("mala", {"num_burnin_steps": 2000, "num_draws": 2000, "num_steps_bw_draws": 20}),
     "hmc": ("hmc", {"num_draws": 2000, "num_integration_steps": 10}),
-    "nuts": ("nuts", {"num_draws": 1000}),
+    "nuts": ("nuts", {"num_draws": 3000}),
     "mclmc": ("mclmc", {}),
     "adjusted_mclmc": ("adjusted_mclmc", {"num_draws": 2000}),
     "vi": ("vi", {}),
@@ -72,7 +72,7 @@ def quadratic(precision: str = "float32"):
 
 
 def _loss(params, dataset):
-    """A parabola around each sample plus a crossing of two valleys, without value beyond a radius: one program for all tests."""
+    """A parabola around each sample plus two valleys that cross, without value beyond a radius: one program for all tests."""
     w, constants = params["w"], dataset.constants
     offset = w[None, :] - dataset.samples["e"]
     loss = 0.5 * jnp.sum((offset @ constants["precision"]) * offset, axis=1) + constants["crossing"] * jnp.square(w[0] * w[1])
@@ -207,13 +207,13 @@ def test_same_seed_same_draws_and_chains_differ(case):
     assert (first.draws["loss_difference"][0] != first.draws["loss_difference"][1]).mean() > 0.9
 
 
-@case
+@pytest.mark.parametrize("case", [case for case, (_, fields) in CASES.items() if "batch_size" not in fields])
 def test_work_is_near_the_plan(case):
     """What the steps report adds up to what the spec says beforehand, which for nuts is a guess."""
     spec = spec_of(case, num_draws=20)
     trace = run(spec, problem(np.diag(CURVATURES)))
     ratio = trace.draws["work"].sum() / spec.fge(500)
-    assert 0.02 < ratio < 2 if case == "nuts" else 0.95 < ratio < 2.05  # the search for a step size takes two gradients a step
+    assert 0.02 < ratio < 2 if case == "nuts" else ratio == pytest.approx(1, abs=0.02)
 
 
 def test_control_variates_are_exact_on_a_quadratic():

@@ -217,7 +217,7 @@ def plot_theta_trace(spec: RunSpec, trace: Trace, diagnosis: Diagnosis) -> Figur
     fig = run_figure(spec, diagnosis, height=1.2 + 0.85 * count)
     axes = fig.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
     steps = (np.arange(coordinates.shape[1]) + 1) * spec.sampler.num_steps_bw_draws
-    stride = -(-len(steps) // MAX_POINTS)
+    stride = -(-len(steps) // (MAX_POINTS // 2))
     for index, ax in enumerate(axes):
         for chain, draws in zip(kept, coordinates[: len(kept), :, index], strict=True):
             label = chain_label(chain, len(kept))

@@ -19,16 +19,7 @@ from lambda_hat.samplers.smc import SmcSpec
 from lambda_hat.samplers.vi import ViSpec
 
 AnySamplerSpec = Annotated[
-    SgldSpec
-    | SghmcSpec
-    | SgnhtSpec
-    | MalaSpec
-    | HmcSpec
-    | NutsSpec
-    | MclmcSpec
-    | AdjustedMclmcSpec
-    | ViSpec
-    | SmcSpec,
+    SgldSpec | SghmcSpec | SgnhtSpec | MalaSpec | HmcSpec | NutsSpec | MclmcSpec | AdjustedMclmcSpec | ViSpec | SmcSpec,
     Field(discriminator="kind"),
 ]
 

@@ -90,9 +90,7 @@ def warm_up(num_steps: int, rule: StepRule) -> WarmUp:
         return adaptation._replace(step_size=step_size)
 
     def update(adaptation: Adaptation, position: jax.Array, signal: Any, numbers: dict, index: jax.Array) -> Adaptation:
-        return jax.lax.cond(
-            index < num_steps, lambda: adapt(adaptation, position, signal, numbers, index), lambda: adaptation
-        )
+        return jax.lax.cond(index < num_steps, lambda: adapt(adaptation, position, signal, numbers, index), lambda: adaptation)
 
     return WarmUp(init, update)
 
@@ -147,7 +145,7 @@ def adapted_sampler(num_burnin_steps: int, init_chain: Callable[..., Any], trans
         )
         adapted = adaptation.update(adapted, chain.position, report.acceptance_rate, numbers, index)
         difference = posterior.loss_difference(chain.position, chain.logdensity)
-        report = Transition(*(jnp.asarray(field).astype(difference.dtype) for field in report))
-        return State(chain, adapted), Info(difference, *report)
+        acceptance_rate, is_divergent, work = (jnp.asarray(field).astype(difference.dtype) for field in report)
+        return State(chain, adapted), Info(difference, acceptance_rate, is_divergent, work)
 
     return Sampler(init, step)

@@ -13,11 +13,12 @@ from pydantic import Field
 from lambda_hat.samplers.adaptation import AdaptedSpec, Transition, adapted_sampler
 from lambda_hat.samplers.base import Sampler
 
+
 class HmcSpec(AdaptedSpec):
     """Hamiltonian Monte Carlo on the whole data, adapted during burn-in.
 
-    Leapfrog trajectories, Metropolis-corrected: exact up to Monte Carlo error. Their lengths are 1 to 2 num_integration_steps - 1
-    steps, num_integration_steps on average: with a fixed length, a Gaussian direction whose period divides it would never move.
+    Leapfrog trajectories, Metropolis-corrected: exact up to Monte Carlo error. Their number of steps runs from 1 to
+    2 num_integration_steps - 1: with a fixed one, a Gaussian direction whose period divides the length would never move.
     Burn-in adapts the step size to `target_acceptance` by dual averaging and the diagonal mass matrix in Stan's windows.
     """
 

@@ -15,7 +15,7 @@ from lambda_hat.samplers.base import Info, Sampler, SamplerSpec
 
 #: The McLachlan integrator evaluates two gradients a step.
 GRADIENTS_PER_STEP = 2.0
-#: As in BlackJAX: effective steps over which the energy error is averaged, and the width, in powers of the step, of its weights.
+#: As in BlackJAX: effective steps over which the energy error is averaged, and the width of its weights in powers of the step.
 EFFECTIVE_STEPS, TRUST = 150, 1.5
 #: Factor by which a step size that failed is shortened.
 SHRINK = 0.8
@@ -69,9 +69,10 @@ class EnergyRule(NamedTuple):
 def energy_rule() -> StepRule:
     """The step size at which the energy error of a step, the signal, has variance desired_energy_var per dimension.
 
-    As BlackJAX tunes MCLMC (its own version runs all steps in one call): the error grows as the cube of the step, so a step with
-    xi = error^2 / desired estimates the right one as step_size xi^(-1/6); these are averaged over the last `EFFECTIVE_STEPS`,
-    with weights exp(-1/2 (log xi / (6 TRUST))^2) that leave out errors far off. A failed step (NaN) shortens the longest step.
+    As BlackJAX tunes MCLMC (its own function runs all steps in one call): the error grows as the cube of the step, so with
+    xi = error^2 / desired a step estimates the right step_size as its own times xi^(-1/6). These are averaged over the last
+    `EFFECTIVE_STEPS` with weights exp(-1/2 (log xi / (6 TRUST))^2), which leave out errors far off. A step that failed (NaN)
+    limits all later ones.
     """
     decay = (EFFECTIVE_STEPS - 1) / (EFFECTIVE_STEPS + 1)
 
@@ -111,9 +112,7 @@ def _build(num_burnin_steps: int) -> Sampler:
 
     def step(rng_key: jax.Array, state: State, posterior: Posterior, numbers: dict, index: jax.Array) -> tuple[State, Info]:
         tuned, length = state.adaptation, root_dim(state.position)
-        mclmc, info = kernel(
-            rng_key, state.mclmc, posterior.logdensity_fn, tuned.inverse_mass_matrix, length, tuned.step_size
-        )
+        mclmc, info = kernel(rng_key, state.mclmc, posterior.logdensity_fn, tuned.inverse_mass_matrix, length, tuned.step_size)
         error = jnp.where(info.nonans, info.energy_change / length, jnp.nan)
         tuned = adaptation.update(tuned, mclmc.position, error, numbers, index)
         difference = posterior.loss_difference(mclmc.position, mclmc.logdensity)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from pydantic import Field
 
+from lambda_hat import random
 from lambda_hat.posterior import Posterior
 from lambda_hat.samplers.base import Info, Sampler
 from lambda_hat.samplers.stochastic import Minibatch, StochasticSpec, heat, logdensity_gradient
@@ -44,7 +45,7 @@ class State(NamedTuple):
 @functools.cache
 def _build(minibatch: Minibatch, num_search_steps: int) -> Sampler:
     def init(rng_key: jax.Array, position: jax.Array, posterior: Posterior, numbers: dict) -> State:
-        return State(position, jax.random.normal(rng_key, position.shape, position.dtype))
+        return State(position, random.normal(rng_key, position.shape, position.dtype))
 
     def step(rng_key: jax.Array, state: State, posterior: Posterior, numbers: dict, index: jax.Array) -> tuple[State, Info]:
         batch_key, noise_key = jax.random.split(rng_key)
@@ -52,7 +53,7 @@ def _build(minibatch: Minibatch, num_search_steps: int) -> Sampler:
         unit = jnp.sqrt(2 * numbers["step_size"])
         keeps = 1 - numbers["friction"]
         momentum = state.momentum + unit * logdensity_gradient(gradient, state.position, posterior)
-        noise = jax.random.normal(noise_key, momentum.shape, momentum.dtype)
+        noise = random.normal(noise_key, momentum.shape, momentum.dtype)
         renewed = keeps * momentum + jnp.sqrt(1 - jnp.square(keeps)) * noise
         return State(state.position + unit / 2 * (momentum + renewed), renewed), info
 

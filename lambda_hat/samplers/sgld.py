@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from pydantic import Field, model_validator
 
+from lambda_hat import random
 from lambda_hat.posterior import Posterior
 from lambda_hat.samplers.base import Info, Sampler
 from lambda_hat.samplers.stochastic import Minibatch, StochasticSpec, logdensity_gradient
@@ -85,7 +86,7 @@ def _build(
             position,
             jnp.zeros_like(position) if preconditioner == "adam" else none,
             none if preconditioner == "none" else jnp.ones_like(position),
-            jax.random.normal(rng_key, position.shape, position.dtype) if integrator != "euler" else none,
+            random.normal(rng_key, position.shape, position.dtype) if integrator != "euler" else none,
         )
 
     def adapt(state: State, gradient: jax.Array, numbers: dict, index: jax.Array) -> State:
@@ -113,7 +114,7 @@ def _build(
         if integrator == "euler":
             position = euler(noise_key, state.position, gradient_logdensity, step_size)
             return State(position, m, state.v, state.noise), info
-        noise = jax.random.normal(noise_key, state.position.shape, state.position.dtype)
+        noise = random.normal(noise_key, state.position.shape, state.position.dtype)
         position = state.position + step_size * gradient_logdensity + jnp.sqrt(step_size / 2) * (state.noise + noise)
         return State(position, m, state.v, noise), info
 

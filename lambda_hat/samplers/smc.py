@@ -1,4 +1,4 @@
-"""Tempered sequential Monte Carlo (Del Moral et al. 2006; BlackJAX's parts): the posterior and its normaliser, the free energy."""
+"""Tempered sequential Monte Carlo (Del Moral et al. 2006), of BlackJAX's parts: the posterior and its normaliser."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from lambda_hat.samplers.adaptation import AdaptedSpec
 from lambda_hat.samplers.base import Info, Sampler
 from lambda_hat.samplers.hmc import trajectory_length
 
-
-#: Accepted moves a particle must have had on average before t rises again: copies of one particle that are resampled before they
-#: part become all there is.
+#: Accepted moves a particle must have had on average before t rises again: copies of one particle that are resampled before
+#: they part are soon all there is.
 MIN_MOVES = 0.75
 
 
@@ -24,9 +23,9 @@ class SmcSpec(AdaptedSpec):
     """Tempered sequential Monte Carlo from the localisation's Gaussian; gives the free energy too.
 
     A chain is a system of particles. They start as draws of N(0, I / localization) and pass through the densities
-    exp(-t nbeta (L_n(w) - L_n(w*)) - localization/2 |u|^2) as t rises from 0 to 1, each step of burn-in as far as leaves
-    `target_ess` of the particles effective: reweighted, resampled, and moved by one HMC trajectory. What is left of burn-in, and
-    the draws, are such moves at t = 1; a draw's loss is the particles' mean. The weights' means give log_normalizer,
+    exp(-t nbeta (L_n(w) - L_n(w*)) - localization/2 |u|^2) as t rises from 0 to 1, in each step of burn-in as far as leaves a
+    share `target_ess` of them effective: reweighted, resampled, and moved by an HMC trajectory. What is left of burn-in and the
+    draws are such moves at t = 1; a draw's loss is the particles' mean. The weights' means give log_normalizer,
     log Z = log E[exp(-nbeta (L_n(w) - L_n(w*)))] over that Gaussian; the free energy is -log Z.
 
     If burn-in ends before t = 1, its last step jumps there and this and all later steps count as divergent.
@@ -50,8 +49,8 @@ class SmcSpec(AdaptedSpec):
 
 
 class State(NamedTuple):
-    """particles (N, d); t (); log_normalizer (); moves (), those accepted since t rose, per particle; jumped (), 1 if t = 1 was not reached in
-    time, else 0; step_size (); inverse_mass_matrix (d,), its diagonal."""
+    """particles (N, d); t (); log_normalizer (); moves (), accepted since t rose, per particle; jumped (), 1 if t = 1 was not
+    reached in time, else 0; step_size (); inverse_mass_matrix (d,), its diagonal."""
 
     particles: jax.Array
     t: jax.Array

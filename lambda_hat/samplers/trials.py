@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lambda_hat import random
 from lambda_hat.posterior import Posterior
 from lambda_hat.samplers.base import CHAINS, Info, Sampler
 from lambda_hat.samplers.stochastic import Minibatch, logdensity_gradient
@@ -63,7 +64,7 @@ def attempt(rng_key: jax.Array, position: jax.Array, step_size: jax.Array, minib
     on average.
     """
     batch_key, other_key, noise_key = jax.random.split(rng_key, 3)
-    noise = jax.random.normal(noise_key, position.shape, position.dtype)
+    noise = random.normal(noise_key, position.shape, position.dtype)
     info, gradient = minibatch(batch_key, position, posterior)
     there = position + step_size * logdensity_gradient(gradient, position, posterior) + jnp.sqrt(2 * step_size) * noise
     other, back = minibatch(batch_key, there, posterior)

@@ -13,7 +13,7 @@ from pydantic import Field
 from lambda_hat.posterior import Posterior
 from lambda_hat.samplers.base import Info, Sampler, SamplerSpec
 
-#: Where the standard deviations and the factor's entries start; the former as BlackJAX's, in units of 1/sqrt(nbeta + localization).
+#: Where the standard deviations (as BlackJAX's, in units of 1/sqrt(nbeta + localization)) and the factor's entries start.
 START_LOG_SCALE, START_FACTOR = -2.0, 0.1
 
 
@@ -24,8 +24,8 @@ class ViSpec(SamplerSpec):
     E_q[log p - log q] on the whole data during burn-in: Adam on the bound's gradient from `num_samples` draws (sticking the
     landing, Roeder et al. 2017), the rate falling to 0 as a cosine. Then every draw is independent.
 
-    The draws are of q, not of the posterior: an error no number of draws removes. log_weight = log p - log q of each draw measures
-    it (Pareto-smoothed importance sampling: k-hat above 0.7 means that q does not do).
+    The draws are of q, not of the posterior, an error no number of draws removes. Their log_weight = log p - log q tells how big
+    it is (Pareto-smoothed importance sampling: with a shape k above 0.7, q does not do).
     """
 
     kind: Literal["vi"] = "vi"
@@ -131,7 +131,8 @@ def low_rank(rank: int) -> Family:
         parameters = state[:3]
         value, gradient = jax.value_and_grad(divergence)(parameters)
         updates, opt_state = optimizer.update(gradient, state.opt_state, parameters)
-        return LowRankState(*optax.apply_updates(parameters, updates), opt_state), value
+        mu, rho, factor = optax.apply_updates(parameters, updates)
+        return LowRankState(mu, rho, factor, opt_state), value
 
     return Family(
         init, step, lambda key, state, num_samples: draw(key, state[:3], num_samples), lambda state: log_density(state[:3])
@@ -160,9 +161,7 @@ def _build(rank: int, num_samples: int, num_burnin_steps: int) -> Sampler:
         def fit() -> tuple[Any, jax.Array]:
             decay = 0.5 * (1 + jnp.cos(jnp.pi * index.astype(dtype) / num_burnin_steps))
             optimizer = optax.adam(numbers["learning_rate"] * decay)
-            new, _ = family.step(
-                fit_key, state.family, lambda z: posterior.logdensity_fn(scale * z), optimizer, num_samples
-            )
+            new, _ = family.step(fit_key, state.family, lambda z: posterior.logdensity_fn(scale * z), optimizer, num_samples)
             # An update that is no number would be the end; another sample may give one.
             finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(new)]))
             return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state.family), finite
