@@ -2,6 +2,7 @@
 
 A request: {"file": arrays, "cores", "num_chains", "num_draws", "num_steps_bw_draws", "step_size", "nbeta", "localization",
 "batch_size", "loader"}; the answer: {"seconds": [wall time of half as many draws, of all], "losses": file of the trace}.
+Threads within a process are OMP_NUM_THREADS, which its worker processes inherit.
 """
 
 from __future__ import annotations

@@ -23,11 +23,12 @@ from lambda_hat.plots import RUN_PLOTS, TARGET_PLOTS
 from lambda_hat.posterior import num_selected, select
 from lambda_hat.run import RunSpec, batches
 from lambda_hat.samplers import SamplerSpec
-from lambda_hat.sampling import Run, Trace, sample_runs
+from lambda_hat.sampling import Run, sample_runs
 from lambda_hat.settings import explain, nearest
 from lambda_hat.spec import InvalidInput
 from lambda_hat.target import DataSpec, TargetSpec
 from lambda_hat.text import with_error
+from lambda_hat.trace import Trace
 from lambda_hat.wrap import LossFn, Wrapped, wrap, wrap_like
 
 #: What the library's fields are here, in what it says of them.

@@ -31,11 +31,12 @@ from lambda_hat.manifest import (
 from lambda_hat.plan import spec_from_json
 from lambda_hat.posterior import PosteriorSpec, num_selected, select
 from lambda_hat.run import RunSpec, labels
-from lambda_hat.sampling import Checkpoint, Run, Trace, sample_runs
+from lambda_hat.sampling import Run, sample_runs
 from lambda_hat.spec import InvalidInput, content_id
 from lambda_hat.store import Store
 from lambda_hat.target import Dataset, Target, TargetSpec, Unfinished, metrics_at
 from lambda_hat.targets import AnyTargetSpec
+from lambda_hat.trace import Checkpoint, Trace
 
 
 def build_target(spec: TargetSpec, store: Store, progress: Progress = no_progress) -> Manifest:
@@ -132,7 +133,7 @@ def _save_checkpoints(store: Store, addresses: Sequence[Address], checkpoints: S
 
 
 def _resumable(checkpoints: Mapping[int, Checkpoint | None]) -> Iterator[tuple[list[int], tuple[list[int], int]]]:
-    """Runs that can go on together, with their lanes: those saved at the same draw, in the lanes they had, and those never saved.
+    """Runs that can go on together, and their lanes: those saved at one draw, in the lanes they had, and those never saved.
 
     A kill between two runs' checkpoints leaves some unsaved; these start again among as many lanes as the others.
     """

@@ -26,7 +26,7 @@ from lambda_hat.llc import (
 from lambda_hat.observables import Measure
 from lambda_hat.remedies import remedies_for
 from lambda_hat.run import RunSpec
-from lambda_hat.sampling import Trace
+from lambda_hat.trace import Trace
 
 #: Of the steps after burn-in. A few are an integrator's bad luck; from about here on whole regions of the posterior are missed.
 MAX_DIVERGENT = 0.01

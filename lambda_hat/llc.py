@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from lambda_hat.sampling import FIELDS, Trace
+from lambda_hat.trace import FIELDS, Trace
 
 #: The fewest draws of a chain that ArviZ makes a statistic of.
 MIN_DRAWS = 4

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lambda_hat.llc import finite_chains, mcse
-from lambda_hat.sampling import Trace
+from lambda_hat.trace import Trace
 
 #: The observable that is a random part of the training data, where a target has one.
 TRAIN = "train"

@@ -7,6 +7,7 @@ network's SGLD step on a CPU. Here the same cipher is written out, and normals a
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,8 +85,8 @@ def _split(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.stack(_threefry(words, counters, jnp.full_like(counters, SPLIT)), -1)
 
 
-def _fold_in(words: jax.Array, data: jax.Array) -> jax.Array:
-    data = data.astype(jnp.uint32)
+def _fold_in(words: jax.Array, number: Any) -> jax.Array:
+    data = jnp.asarray(number).astype(jnp.uint32)
     return jnp.stack(_threefry(words, data, jnp.full_like(data, FOLD)))
 
 

@@ -16,6 +16,8 @@ def configure(runtime: Runtime) -> None:
     Raises:
       InvalidInput: the platform asked for is not here.
     """
+    # Or JAX's CPU device would run the programs of all threads one after another.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     # On GPUs JAX would multiply float32 matrices in TF32, ten bits of mantissa: losses near zero would be noise.
     jax.config.update("jax_default_matmul_precision", "highest")
     if runtime.platform != "auto":

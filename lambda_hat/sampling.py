@@ -1,86 +1,28 @@
-"""The one sampling loop: vmap over runs and chains, a device loop over draws, chunks of seconds for progress and resuming."""
+"""Sampling: runs in one program, in chunks of seconds for progress and resuming, parts of the chains on a thread for each core."""
 
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lambda_hat import random
 from lambda_hat.chunks import Progress, compile_clock, no_progress, run_in_chunks
-from lambda_hat.posterior import (
-    Centre,
-    Metric,
-    Posterior,
-    PosteriorSpec,
-    Selection,
-    full_difference,
-    make_centre,
-    make_posterior,
-    num_selected,
-    per_sample_losses,
-    select,
-    to_params,
-)
-from lambda_hat.samplers import Info, SamplerSpec
-from lambda_hat.samplers.base import CHAINS
+from lambda_hat.posterior import Metric, PosteriorSpec, make_centre, per_sample_losses, select
+from lambda_hat.program import Inputs, Lanes, make_program
+from lambda_hat.samplers import SamplerSpec
 from lambda_hat.spec import InvalidInput
 from lambda_hat.target import OBSERVABLE_SIZE, Dataset, Objective, Params
+from lambda_hat.trace import FIELDS, NUM_COORDINATES, Checkpoint, Trace, join
 
 #: Draws a device call can hold before they are moved to the host, and the bytes they may take.
 BUFFER_DRAWS, BUFFER_BYTES = 1024, 2**26
-
-#: What is recorded of every draw; each (chain, draw).
-FIELDS = ("loss_difference", "squared_distance", "acceptance_rate", "is_divergent", "work")
-
-#: Coordinates of u that are recorded, evenly spaced among all.
-NUM_COORDINATES = 8
-
-
-@dataclass(frozen=True)
-class Trace:
-    """Recorded draws of a run.
-
-    draws: arrays that begin (num_chains, num_burnin_draws + num_draws, ...), in the run's dtype.
-      loss_difference: L(w) - L(w*) averaged over the draw's steps, which estimates the same mean as thinned values with less
-      noise. squared_distance: |u|^2 at the draw. acceptance_rate averaged, is_divergent counted and work (FGE) summed over the
-      draw's steps. coordinates: up to `NUM_COORDINATES` of u, on a third axis.
-      Where asked for: full_difference, L_n(w) - L_n(w*) on all the data, NaN at draws where it was not evaluated; observed,
-      l_i(w) - l_i(w*) of the samples of all observables, on a third axis; and a sampler's own `extras`.
-    num_burnin_draws: how many of the first draws are burn-in.
-    seconds: {"compile", "sampling"}; sampling includes tuning and burn-in. A resumed run adds the time of all its parts; runs
-      sampled together share theirs evenly.
-    observables: the number of samples of each observable, in the order of `observed`.
-    """
-
-    draws: dict[str, np.ndarray]
-    num_burnin_draws: int
-    seconds: dict[str, float]
-    observables: dict[str, int]
-
-    def posterior_draws(self, name: str) -> np.ndarray:
-        """Draws after burn-in, (num_chains, num_draws, ...)."""
-        return self.draws[name][:, self.num_burnin_draws :]
-
-
-class Checkpoint(NamedTuple):
-    """A run cut short: its state's leaves, the draws so far, the seconds spent, and its lane among the runs sampled with it."""
-
-    leaves: list[np.ndarray]
-    draws: dict[str, np.ndarray]
-    seconds: dict[str, float]
-    lane: int
-    num_lanes: int
-
-    @property
-    def num_draws(self) -> int:
-        return self.draws[FIELDS[0]].shape[1]
 
 
 class Run(NamedTuple):
@@ -88,128 +30,6 @@ class Run(NamedTuple):
 
     posterior: PosteriorSpec
     sampler: SamplerSpec
-
-
-class _Lanes(NamedTuple):
-    """What differs between runs sampled together; each array begins with the lane."""
-
-    posterior: dict[str, jax.Array]  # nbeta, localization
-    numbers: dict[str, jax.Array]  # the sampler's
-    seed: jax.Array
-
-
-class _Inputs(NamedTuple):
-    """Arguments of the compiled programs besides the state; all traced."""
-
-    centre: Centre
-    lanes: _Lanes
-    observed: Dataset
-    observed_losses: jax.Array  # at w*
-
-
-class _Program(NamedTuple):
-    init: Callable[[_Inputs], Any]
-    advance: Callable[..., tuple[Any, dict[str, jax.Array]]]
-
-
-@functools.cache
-def _program(objective: Objective, spec: SamplerSpec, selection: Selection, buffer_draws: int) -> _Program:
-    """The compiled functions of a sampler on a loss; `spec` is static, so a sweep over numbers compiles once."""
-    algorithm = spec.algorithm()
-    chains = jnp.arange(spec.num_chains)
-    eval_every = getattr(spec, "eval_every", 0)
-
-    def posterior_of(inputs: _Inputs, lane: _Lanes) -> Posterior:
-        return make_posterior(objective, inputs.centre, selection, **lane.posterior)
-
-    def chain_key(lane: _Lanes, chain: jax.Array, step: jax.Array | int) -> jax.Array:
-        """One key per chain and step, whatever the chunks: a resumed run draws what an uninterrupted one draws."""
-        return jax.random.fold_in(jax.random.fold_in(random.key(lane.seed), chain), step)
-
-    def over_chains(function: Callable, inputs: _Inputs, *states: Any) -> Any:
-        """function(lane, posterior, chain, *state) of every lane and chain."""
-
-        def of_lane(lane: _Lanes, *states: Any) -> Any:
-            posterior = posterior_of(inputs, lane)
-            return jax.vmap(
-                lambda chain, *state: function(lane, posterior, chain, *state), axis_name=CHAINS
-            )(chains, *states)  # fmt: skip
-
-        return jax.vmap(of_lane)(inputs.lanes, *states)
-
-    @jax.jit
-    def init(inputs: _Inputs) -> Any:
-        start = jnp.zeros(num_selected(inputs.centre.params_star, selection), inputs.centre.losses.dtype)
-
-        def of_chain(lane: _Lanes, posterior: Posterior, chain: jax.Array) -> Any:
-            # Step keys count from 0 and stay below 2**31, so this one is free.
-            return algorithm.init(chain_key(lane, chain, 2**32 - 1), start, posterior, lane.numbers)
-
-        return over_chains(of_chain, inputs)
-
-    def record(inputs: _Inputs, state: Any, sums: Info, draw: jax.Array) -> dict[str, jax.Array]:
-        """A draw's fields, each (lane, chain, ...), of the state after its last step and the sums over its steps."""
-
-        def params(position: jax.Array) -> Params:
-            return to_params(position, inputs.centre.params_star, inputs.centre.scales, selection)
-
-        position = state.position
-        dim = position.shape[-1]
-        count = min(dim, NUM_COORDINATES)
-        fields = {
-            "loss_difference": sums.loss_difference / spec.num_steps_bw_draws,
-            "squared_distance": jnp.sum(jnp.square(position), axis=-1),
-            "acceptance_rate": sums.acceptance_rate / spec.num_steps_bw_draws,
-            "is_divergent": sums.is_divergent,
-            "work": sums.work,
-            "coordinates": position[..., np.arange(count) * dim // count],
-        }
-        fields |= {name: getattr(state, name) for name in algorithm.extras}
-        if inputs.observed_losses.size:
-            fields["observed"] = jax.vmap(jax.vmap(
-                lambda u: objective.per_sample_loss(params(u), inputs.observed) - inputs.observed_losses
-            ))(position)  # fmt: skip
-        if eval_every:
-            fields["full_difference"] = jax.lax.cond(
-                draw % eval_every == eval_every - 1,
-                jax.vmap(jax.vmap(lambda u: full_difference(objective, params(u), inputs.centre))),
-                lambda position: jnp.full(position.shape[:-1], jnp.nan, position.dtype),
-                position,
-            )
-        return fields
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def advance(state: Any, inputs: _Inputs, start: jax.Array, count: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
-        lanes, dtype = inputs.lanes.seed.shape[0], inputs.centre.losses.dtype
-        zeros = jnp.zeros((lanes, spec.num_chains), dtype)
-
-        def step(carry: tuple, index: jax.Array) -> tuple[tuple, None]:
-            state, sums = carry
-
-            def of_chain(lane: _Lanes, posterior: Posterior, chain: jax.Array, state: Any) -> tuple[Any, Info]:
-                return algorithm.step(chain_key(lane, chain, index), state, posterior, lane.numbers, index)
-
-            state, info = over_chains(of_chain, inputs, state)
-            return (state, jax.tree.map(jnp.add, sums, info)), None
-
-        def steps(state: Any, draw: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
-            indices = draw * spec.num_steps_bw_draws + jnp.arange(spec.num_steps_bw_draws)
-            (state, sums), _ = jax.lax.scan(step, (state, Info(zeros, zeros, zeros, zeros)), indices)
-            return state, record(inputs, state, sums, draw)
-
-        def draw(position: jax.Array, carry: tuple) -> tuple:
-            state, buffer = carry
-            state, fields = steps(state, start + position)
-            return state, {name: buffer[name].at[:, :, position].set(fields[name]) for name in buffer}
-
-        shapes = jax.eval_shape(steps, state, start)[1]
-        buffer = {
-            name: jnp.zeros((*field.shape[:2], buffer_draws, *field.shape[2:]), field.dtype) for name, field in shapes.items()
-        }
-        # A loop with a traced bound rather than a scan: one program serves every chunk length.
-        return jax.lax.fori_loop(0, count, draw, (state, buffer))
-
-    return _Program(init, advance)
 
 
 def sample(
@@ -302,9 +122,9 @@ def _sample_runs(
     numbers = [run.sampler.numbers() for run in by_lane]
     parts = [part.samples for part in observables.values()] or [{k: v[:0] for k, v in dataset.samples.items()}]
     observed = Dataset(jax.tree.map(lambda *x: jnp.concatenate([jnp.asarray(v) for v in x]), *parts), centre.dataset.constants)
-    inputs = _Inputs(
+    inputs = Inputs(
         centre,
-        _Lanes(
+        Lanes(
             {
                 "nbeta": jnp.asarray(nbeta, dtype),
                 "localization": jnp.asarray([run.posterior.localization for run in by_lane], dtype),
@@ -312,14 +132,16 @@ def _sample_runs(
             {name: jnp.asarray([number[name] for number in numbers], dtype) for name in numbers[0]},
             jnp.asarray([run.sampler.seed for run in by_lane], jnp.uint32),
         ),
+        jnp.arange(sampler.num_chains),
         observed,
         jax.jit(per_sample_losses, static_argnums=0)(objective, centre.params_star, observed),
     )
     width = len(FIELDS) + NUM_COORDINATES + observed.num_data
     draw_bytes = num_lanes * sampler.num_chains * width * dtype.itemsize
     buffer_draws = int(np.clip(BUFFER_BYTES // draw_bytes, 1, BUFFER_DRAWS))
-    program = _program(objective, sampler.static(), selection, buffer_draws)
+    program = make_program(objective, sampler.static(), selection, buffer_draws)
     total = sampler.num_burnin_draws + sampler.num_draws
+    parts_of_chains = np.array_split(np.arange(sampler.num_chains), _num_threads(sampler.num_chains))
     structure = jax.eval_shape(program.init, inputs)
     spent = {"compile": 0.0, "sampling": 0.0}
     drawn: list[dict[str, np.ndarray]] = []  # (run, chain, draw, ...), in parts
@@ -340,22 +162,32 @@ def _sample_runs(
         sampling = time.perf_counter() - began - compiling
         return {"compile": (spent["compile"] + compiling) / len(runs), "sampling": (spent["sampling"] + sampling) / len(runs)}
 
-    def advance(carry: Any, start: int, count: int) -> Any:
-        state, buffer = program.advance(carry[0], inputs, start, count)
-        return state, buffer, count
+    states = [jax.tree.map(lambda leaf, part=part: leaf[:, part], state) for part in parts_of_chains]
+    inputs_of = [inputs._replace(chains=jnp.asarray(part)) for part in parts_of_chains]
+    threads = ThreadPoolExecutor(len(parts_of_chains))
+
+    def advance(carry: Any, first: int, length: int) -> Any:
+        start, count = np.int32(first), np.int32(length)
+        calls = [
+            functools.partial(program.advance.prepare(state, own, start, count), state, own, start, count)
+            for (state, _), own in zip(carry[0], inputs_of, strict=True)
+        ]
+        return list(threads.map(lambda call: jax.block_until_ready(call()), calls)), length
 
     saved = save_seconds = 0.0
     mine = np.asarray(places)
 
     def after_chunk(carry: Any, done: int) -> None:
-        state, buffer, count = carry
-        drawn.append({name: np.asarray(field)[mine, :, :count] for name, field in buffer.items()})
+        parts, count = carry
+        drawn.append({
+            name: np.concatenate([np.asarray(buffer[name])[mine, :, :count] for _, buffer in parts], axis=1) for name in parts[0][1]
+        })  # fmt: skip
         nonlocal saved, save_seconds
         now = time.perf_counter()
         # A checkpoint holds all draws so far, so saving after every chunk would cost the square of their number.
         if save is not None and done < total and now - saved > 10 * save_seconds:
-            leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
-            draws = _join(drawn)
+            leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(_all_chains([state for state, _ in parts]))]
+            draws = join(drawn)
             save([
                 Checkpoint([leaf[place] for leaf in leaves], {name: field[run] for name, field in draws.items()}, seconds(),
                            place, num_lanes)
@@ -368,8 +200,15 @@ def _sample_runs(
         phase = "burn-in" if done <= sampler.num_burnin_draws else "sampling"
         progress(done, total, "draws", f"{phase}, llc {', '.join(llc)}{', ...' if len(latest) > 3 else ''} lately")
 
-    run_in_chunks(advance, (state, None, 0), start, total, after_chunk, buffer_draws)
-    draws = _join(drawn)
+    carry: Any = [(state, None) for state in states], 0
+    with threads:
+        if program.pool is not None and start <= program.pool_draw < total:
+            parts, _ = run_in_chunks(advance, carry, start, program.pool_draw, after_chunk, buffer_draws)
+            state = program.pool(_all_chains([state for state, _ in parts]))
+            carry = [(jax.tree.map(lambda leaf, part=part: leaf[:, part], state), None) for part in parts_of_chains], 0
+            start = program.pool_draw
+        run_in_chunks(advance, carry, start, total, after_chunk, buffer_draws)
+    draws = join(drawn)
     sizes = {name: part.num_data for name, part in observables.items()}
     return [
         Trace(
@@ -379,6 +218,19 @@ def _sample_runs(
         )
         for index, run in enumerate(runs)
     ]  # fmt: skip
+
+
+def _num_threads(num_chains: int) -> int:
+    """Parts of equal size into which chains are divided, each with a thread of its own: as many as there are cores, on CPUs."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if jax.default_backend() != "cpu":
+        return 1
+    return max(parts for parts in range(1, min(cores, num_chains) + 1) if num_chains % parts == 0)
+
+
+def _all_chains(states: list[Any]) -> Any:
+    """The states of the parts as one; leaves (lane, chain, ...)."""
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *states)
 
 
 def _observable(name: str, dataset: Dataset, observables: Mapping[str, Dataset]) -> Dataset:
@@ -410,7 +262,3 @@ def _fits(checkpoint: Checkpoint, structure: Any, num_observed: int) -> bool:
     expected = [(leaf.shape[1:], leaf.dtype) for leaf in jax.tree.leaves(structure)]
     observed = checkpoint.draws["observed"].shape[-1] if "observed" in checkpoint.draws else 0
     return observed == num_observed and expected == [(leaf.shape, leaf.dtype) for leaf in checkpoint.leaves]
-
-
-def _join(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.concatenate([part[name] for part in parts], axis=2) for name in parts[0]}

@@ -84,7 +84,7 @@ class Dataset(NamedTuple):
     def take(self, indices: jax.Array | np.ndarray) -> Dataset:
         """The minibatch of the samples at `indices`, shape (B,), each at least 0 and below n."""
         # Promised to be in bounds: checks would take as long as the gather.
-        known = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
+        known: dict[str, Any] = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
         samples = {name: jnp.asarray(array).at[indices].get(**known) for name, array in self.samples.items()}
         return Dataset(samples, self.constants)
 

@@ -13,8 +13,8 @@ from test_llc import CHAINS, DRAWS, NBETA, ar1, gaussian, iid, trace_of
 from lambda_hat.diagnostics import Diagnosis, diagnose
 from lambda_hat.run import RunSpec
 from lambda_hat.samplers import AnySamplerSpec
-from lambda_hat.sampling import FIELDS, Trace
 from lambda_hat.targets import AnyTargetSpec
+from lambda_hat.trace import FIELDS, Trace
 
 DIM = 20
 METRICS = {"init_loss": 0.5, "num_params": DIM, "num_data": 1000, "true_llc": "11/2"}

@@ -1,4 +1,4 @@
-"""Everything the documents show as code runs: ```sh as commands, ```python as a script, ```toml as settings, and the notebooks."""
+"""What the documents show as code runs: ```sh as commands, ```python as a script, ```toml as settings, and the notebooks."""
 
 from __future__ import annotations
 

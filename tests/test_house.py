@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = [
     "spec", "text", "overrides", "settings", "arrays", "manifest", "store", "chunks", "theory", "target", "data", "networks",
     "training", "posterior", "wrap", "targets", "samplers", "run", "plan", "sampling", "llc", "observables", "remedies",
-    "diagnostics", "plots", "html", "artifacts", "gallery", "report", "runtime", "cli",
+    "diagnostics", "plots", "api", "html", "artifacts", "gallery", "report", "runtime", "cli",
 ]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import pytest
 from scipy.signal import lfilter
 
 from lambda_hat.llc import estimate, load_arviz, nbeta_sensitivity, rhat, running_llc, to_arviz
-from lambda_hat.sampling import Trace
+from lambda_hat.trace import Trace
 
 NBETA, CHAINS, DRAWS = 100.0, 4, 1000
 

@@ -8,10 +8,11 @@ from test_samplers import CASES, assert_within, case, quadratic, spec_of
 
 from lambda_hat import chunks
 from lambda_hat.posterior import PosteriorSpec
-from lambda_hat.sampling import Checkpoint, Run, sample, sample_runs
+from lambda_hat.sampling import Run, sample, sample_runs
 from lambda_hat.spec import InvalidInput
 from lambda_hat.target import OBSERVABLE_SIZE
 from lambda_hat.theory import quadratic_llc
+from lambda_hat.trace import Checkpoint
 
 pytestmark = pytest.mark.usefixtures("library_promotion")
 

@@ -22,7 +22,7 @@ from lambda_hat.plots.style import Run, save_png
 from lambda_hat.plots.sweep import plot_llc_vs_true
 from lambda_hat.plots.target import plot_llc_convergence, plot_llc_over_training, plot_temperature
 from lambda_hat.run import RunSpec
-from lambda_hat.sampling import Trace
+from lambda_hat.trace import Trace
 
 #: Of one run.
 RUN_PLOTS: dict[str, Callable[[RunSpec, Trace, Diagnosis], Figure | None]] = {

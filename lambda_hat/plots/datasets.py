@@ -9,7 +9,7 @@ from lambda_hat import observables
 from lambda_hat.diagnostics import Diagnosis
 from lambda_hat.plots.style import BAND, EXACT, POOLED, color, legend, llc_text, run_figure
 from lambda_hat.run import RunSpec
-from lambda_hat.sampling import Trace
+from lambda_hat.trace import Trace
 
 #: Samples along a side of the influence matrix; of more, evenly spaced ones are shown.
 MAX_SAMPLES = 400

@@ -29,7 +29,7 @@ from lambda_hat.plots.style import (
     say,
 )
 from lambda_hat.run import RunSpec
-from lambda_hat.sampling import Trace
+from lambda_hat.trace import Trace
 
 #: A line of fewer points shows them; one of a single point is nothing else.
 FEW_POINTS = 20

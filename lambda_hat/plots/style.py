@@ -16,8 +16,8 @@ from PIL import Image
 from lambda_hat.diagnostics import Diagnosis
 from lambda_hat.llc import MIN_DRAWS
 from lambda_hat.run import RunSpec
-from lambda_hat.sampling import Trace
 from lambda_hat.text import with_error
+from lambda_hat.trace import Trace
 
 Run = tuple[RunSpec, Trace, Diagnosis]
 

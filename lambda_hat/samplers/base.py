@@ -15,10 +15,6 @@ from pydantic import Field
 
 from lambda_hat.spec import Spec
 
-
-#: The axis of a run's chains, by which a sampler may pool what they learn in burn-in (`jax.lax.pmin` and its like).
-CHAINS = "chains"
-
 #: A step size in the convention above, or "auto": found during burn-in.
 StepSize = Annotated[float, Field(gt=0)] | Literal["auto"]
 
@@ -86,8 +82,11 @@ class Sampler(NamedTuple):
     init: (rng_key, position, posterior, numbers) -> state; the state has a field `position`, shape (d,).
     step: (rng_key, state, posterior, numbers, index) -> (state, Info); `index` counts steps from 0, burn-in included.
     extras: names of scalar attributes of the state that are recorded at each draw.
+    pool: (step, function): before the first draw from this step on, the states of a run's chains, leaves (chain, ...), are
+      replaced by the function of them: what chains learn from each other in burn-in.
     """
 
     init: Callable[..., Any]
     step: Callable[..., tuple[Any, Info]]
     extras: tuple[str, ...] = ()
+    pool: tuple[int, Callable[[Any], Any]] | None = None

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lambda_hat import random
 from lambda_hat.posterior import Posterior
-from lambda_hat.samplers.base import CHAINS, Info, Sampler
+from lambda_hat.samplers.base import Info, Sampler
 from lambda_hat.samplers.stochastic import Minibatch, logdensity_gradient
 
 #: Mean acceptance probability of the Langevin steps that the search aims at.
@@ -133,8 +133,7 @@ def with_trials(
         anew = dual_init(step_size)
         dual = jax.tree.map(lambda new, old: jnp.where(index == restart - 1, new, old).astype(old.dtype), anew, dual)
         quiet = jnp.where((llc > 0) & (noise_excess > 0), MAX_EXCESS * llc / noise_excess, jnp.inf)
-        # Where some chains have reached steeper ground than others, all must be able to follow.
-        found = jax.lax.pmin(jnp.minimum(dual_final(dual), quiet), CHAINS)
+        found = jnp.minimum(dual_final(dual), quiet)
         step_size = jnp.where(index == end - 1, found, step_size).astype(here.dtype)
         inner = inner._replace(position=jnp.where(accepted, trial.position, here))
         info = trial.info._replace(acceptance_rate=trial.acceptance_rate)
@@ -163,4 +162,9 @@ def with_trials(
             lambda: run(rng_key, state, posterior, numbers, index),
         )
 
-    return Sampler(init, step, ("step_size", "noise_excess", *sampler.extras))
+    def shortest(states: State) -> State:
+        """Where some chains have reached steeper ground than others, all must be able to follow."""
+        return states._replace(step_size=jnp.full_like(states.step_size, jnp.min(states.step_size)))
+
+    extras = ("step_size", "noise_excess", *sampler.extras)
+    return Sampler(init, step, extras, (end, shortest) if end else None)

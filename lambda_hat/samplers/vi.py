@@ -24,8 +24,8 @@ class ViSpec(SamplerSpec):
     E_q[log p - log q] on the whole data during burn-in: Adam on the bound's gradient from `num_samples` draws (sticking the
     landing, Roeder et al. 2017), the rate falling to 0 as a cosine. Then every draw is independent.
 
-    The draws are of q, not of the posterior, an error no number of draws removes. Their log_weight = log p - log q tells how big
-    it is (Pareto-smoothed importance sampling: with a shape k above 0.7, q does not do).
+    The draws are of q, not of the posterior, an error no number of draws removes. Their log_weight = log p - log q tells how
+    big it is (Pareto-smoothed importance sampling: with a shape k above 0.7, q does not do).
     """
 
     kind: Literal["vi"] = "vi"

@@ -1,0 +1,174 @@
+"""The compiled programs of a run: a sampler on a posterior, vmapped over runs and chains, looping over draws on the device."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lambda_hat import random
+from lambda_hat.posterior import (
+    Centre,
+    Posterior,
+    Selection,
+    full_difference,
+    make_posterior,
+    num_selected,
+    to_params,
+)
+from lambda_hat.samplers import Info, SamplerSpec
+from lambda_hat.target import Dataset, Objective, Params
+from lambda_hat.trace import NUM_COORDINATES
+
+
+class Lanes(NamedTuple):
+    """What differs between runs sampled together; each array begins with the lane."""
+
+    posterior: dict[str, jax.Array]  # nbeta, localization
+    numbers: dict[str, jax.Array]  # the sampler's
+    seed: jax.Array
+
+
+class Inputs(NamedTuple):
+    """Arguments of the compiled programs besides the state; all traced. chains: the numbers of the chains in this part."""
+
+    centre: Centre
+    lanes: Lanes
+    chains: jax.Array
+    observed: Dataset
+    observed_losses: jax.Array  # at w*
+
+
+class Compiled:
+    """A jitted function that worker threads may call: compiled by the first caller, since threads do not share JAX's settings.
+
+    On CPUs with the widest vectors there are, where LLVM would choose half of them.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self.programs: dict[Any, Any] = {}
+
+    def prepare(self, *arguments: Any) -> Callable[..., Any]:
+        """The program for arguments like these."""
+        leaves, structure = jax.tree.flatten(arguments)
+        key = (structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+        if key not in self.programs:
+            on_cpu = jax.default_backend() == "cpu"
+            options = {"xla_cpu_prefer_vector_width": "512"} if on_cpu else {}
+            self.programs[key] = self.function.lower(*arguments).compile(compiler_options=options)
+        return self.programs[key]
+
+
+class Program(NamedTuple):
+    """init: inputs -> state, each leaf (lane, chain, ...). advance: (state, inputs, start, count) -> (state, the draws from
+    `start` on, of which `count` are made). pool: the states of all chains -> the same, before the draw `pool_draw`, or None.
+    """
+
+    init: Callable[[Inputs], Any]
+    advance: Compiled
+    pool: Callable[[Any], Any] | None
+    pool_draw: int
+
+
+@functools.cache
+def make_program(objective: Objective, spec: SamplerSpec, selection: Selection, buffer_draws: int) -> Program:
+    """The compiled functions of a sampler on a loss; `spec` is static, so a sweep over numbers compiles once."""
+    algorithm = spec.algorithm()
+    eval_every = getattr(spec, "eval_every", 0)
+
+    def posterior_of(inputs: Inputs, lane: Lanes) -> Posterior:
+        return make_posterior(objective, inputs.centre, selection, **lane.posterior)
+
+    def chain_key(lane: Lanes, chain: jax.Array, step: jax.Array | int) -> jax.Array:
+        """One key per chain and step, whatever the chunks: a resumed run draws what an uninterrupted one draws."""
+        return jax.random.fold_in(jax.random.fold_in(random.key(lane.seed), chain), step)
+
+    def over_chains(function: Callable, inputs: Inputs, *states: Any) -> Any:
+        """function(lane, posterior, chain, *state) of every lane and chain."""
+
+        def of_lane(lane: Lanes, *states: Any) -> Any:
+            posterior = posterior_of(inputs, lane)
+            return jax.vmap(lambda chain, *state: function(lane, posterior, chain, *state))(inputs.chains, *states)
+
+        return jax.vmap(of_lane)(inputs.lanes, *states)
+
+    @jax.jit
+    def init(inputs: Inputs) -> Any:
+        start = jnp.zeros(num_selected(inputs.centre.params_star, selection), inputs.centre.losses.dtype)
+
+        def of_chain(lane: Lanes, posterior: Posterior, chain: jax.Array) -> Any:
+            # Step keys count from 0 and stay below 2**31, so this one is free.
+            return algorithm.init(chain_key(lane, chain, 2**32 - 1), start, posterior, lane.numbers)
+
+        return over_chains(of_chain, inputs)
+
+    def record(inputs: Inputs, state: Any, sums: Info, draw: jax.Array) -> dict[str, jax.Array]:
+        """A draw's fields, each (lane, chain, ...), of the state after its last step and the sums over its steps."""
+
+        def params(position: jax.Array) -> Params:
+            return to_params(position, inputs.centre.params_star, inputs.centre.scales, selection)
+
+        position = state.position
+        dim = position.shape[-1]
+        count = min(dim, NUM_COORDINATES)
+        fields = {
+            "loss_difference": sums.loss_difference / spec.num_steps_bw_draws,
+            "squared_distance": jnp.sum(jnp.square(position), axis=-1),
+            "acceptance_rate": sums.acceptance_rate / spec.num_steps_bw_draws,
+            "is_divergent": sums.is_divergent,
+            "work": sums.work,
+            "coordinates": position[..., np.arange(count) * dim // count],
+        }
+        fields |= {name: getattr(state, name) for name in algorithm.extras}
+        if inputs.observed_losses.size:
+            fields["observed"] = jax.vmap(jax.vmap(
+                lambda u: objective.per_sample_loss(params(u), inputs.observed) - inputs.observed_losses
+            ))(position)  # fmt: skip
+        if eval_every:
+            fields["full_difference"] = jax.lax.cond(
+                draw % eval_every == eval_every - 1,
+                jax.vmap(jax.vmap(lambda u: full_difference(objective, params(u), inputs.centre))),
+                lambda position: jnp.full(position.shape[:-1], jnp.nan, position.dtype),
+                position,
+            )
+        return fields
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def advance(state: Any, inputs: Inputs, start: jax.Array, count: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+        lanes, dtype = inputs.lanes.seed.shape[0], inputs.centre.losses.dtype
+        zeros = jnp.zeros((lanes, inputs.chains.shape[0]), dtype)
+
+        def step(carry: tuple, index: jax.Array) -> tuple[tuple, None]:
+            state, sums = carry
+
+            def of_chain(lane: Lanes, posterior: Posterior, chain: jax.Array, state: Any) -> tuple[Any, Info]:
+                return algorithm.step(chain_key(lane, chain, index), state, posterior, lane.numbers, index)
+
+            state, info = over_chains(of_chain, inputs, state)
+            return (state, jax.tree.map(jnp.add, sums, info)), None
+
+        def steps(state: Any, draw: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+            indices = draw * spec.num_steps_bw_draws + jnp.arange(spec.num_steps_bw_draws, dtype=draw.dtype)
+            (state, sums), _ = jax.lax.scan(step, (state, Info(zeros, zeros, zeros, zeros)), indices)
+            return state, record(inputs, state, sums, draw)
+
+        def draw(position: jax.Array, carry: tuple) -> tuple:
+            state, buffer = carry
+            state, fields = steps(state, start + position)
+            return state, {name: buffer[name].at[:, :, position].set(fields[name]) for name in buffer}
+
+        shapes = jax.eval_shape(steps, state, start)[1]
+        buffer = {
+            name: jnp.zeros((*field.shape[:2], buffer_draws, *field.shape[2:]), field.dtype) for name, field in shapes.items()
+        }
+        # A loop with a traced bound rather than a scan: one program serves every chunk length.
+        return jax.lax.fori_loop(jnp.zeros_like(count), count, draw, (state, buffer))
+
+    pool_step, pool = algorithm.pool or (0, None)
+    pooled = None if pool is None else jax.jit(jax.vmap(pool))
+    return Program(init, Compiled(advance), pooled, -(-pool_step // spec.num_steps_bw_draws))
