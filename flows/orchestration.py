@@ -19,8 +19,8 @@ from prefect.states import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.progress import STOPPED, on_interrupt
-from lambda_hat import report
-from lambda_hat.plan import describe
+from lambda_hat import artifacts, report
+from lambda_hat.plan import describe, make_plan
 from lambda_hat.run import RunSpec
 from lambda_hat.settings import Settings, load_settings
 from lambda_hat.spec import InvalidInput
@@ -64,6 +64,20 @@ def open_place(place: Place) -> tuple[Settings, Store]:
     settings = load_settings(place["settings_file"])
     uri = settings.store.uri if place["store_uri"] is None else place["store_uri"]
     return settings, Store(uri, settings.store.options)
+
+
+def plan(settings: Settings, store: Store, experiment: str | None, overrides: list[str], from_run: str | None) -> list[RunSpec]:
+    """The runs asked for."""
+    if from_run is None:
+        return make_plan(settings, experiment, overrides)
+    if experiment or overrides:
+        raise InvalidInput(
+            f"--from-run repeats a run as it was, without experiment or overrides; got {experiment or overrides}."
+        )
+    try:
+        return [artifacts.find_run_spec(store, from_run)]
+    except InvalidInput:  # repeated into another store than its own
+        return [artifacts.find_run_spec(Store(settings.store.uri, settings.store.options), from_run)]
 
 
 def publish_to_ui(key: str, rows: list[dict[str, str]], plots: dict[str, bytes], heading: str) -> None:

@@ -10,15 +10,12 @@ from prefect.futures import PrefectFuture, as_completed
 from prefect.logging import get_run_logger
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.orchestration import Place, RunsFailed, artifact_task, command_line, open_place, publish_to_ui, reason
+from flows.orchestration import Place, RunsFailed, artifact_task, command_line, open_place, plan, publish_to_ui, reason
 from flows.progress import log_progress
 from lambda_hat import artifacts, report
 from lambda_hat.manifest import ArtifactError, diagnosis_address, run_address, sweep_address, target_address
-from lambda_hat.plan import make_plan
 from lambda_hat.run import RunSpec, batches, labels
 from lambda_hat.runtime import configure
-from lambda_hat.settings import Settings
-from lambda_hat.spec import InvalidInput
 from lambda_hat.store import Store
 
 
@@ -108,20 +105,6 @@ def sweep(
                 rows[index] = report.row(names[index], specs[index], "failed", None, reason(states))
             logger.info("%s by %s: %s", *names[index], rows[index]["status"])
     return _publish(specs, [rows[index] for index in range(len(specs))], store)
-
-
-def plan(settings: Settings, store: Store, experiment: str | None, overrides: list[str], from_run: str | None) -> list[RunSpec]:
-    """The runs asked for."""
-    if from_run is None:
-        return make_plan(settings, experiment, overrides)
-    if experiment or overrides:
-        raise InvalidInput(
-            f"--from-run repeats a run as it was, without experiment or overrides; got {experiment or overrides}."
-        )
-    try:
-        return [artifacts.find_run_spec(store, from_run)]
-    except InvalidInput:  # repeated into another store than its own
-        return [artifacts.find_run_spec(Store(settings.store.uri, settings.store.options), from_run)]
 
 
 def _publish(specs: list[RunSpec], rows: list[dict[str, Any]], store: Store) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Random numbers for hot loops: JAX's own generator and normals, written so that XLA compiles them into few kernels.
 
-JAX's threefry is a loop that XLA does not fuse, and its normals are an inverse error function: together they took half of a small
-network's SGLD step on a CPU. Here the same cipher is written out, and normals are pairs by Box & Muller.
+JAX's threefry is a loop that XLA does not fuse, and its normals are an inverse error function: together they took half of a
+small network's SGLD step on a CPU. Here the same cipher is written out, and normals are pairs by Box & Muller.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import random as jex_random
 
-#: Of Threefry-2x32 with 20 rounds (Salmon et al. 2011): rotations, by groups of four rounds, and the parity of the key schedule.
+#: Of Threefry-2x32, 20 rounds (Salmon et al. 2011): rotations, by groups of four rounds, and the parity of the key schedule.
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 PARITY = np.uint32(0x1BD11BDA)
 #: Second words of the counters, which keep the streams of bits, splits and folds apart.

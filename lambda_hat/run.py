@@ -49,10 +49,8 @@ class RunSpec(Spec):
 
     @property
     def metric(self) -> Metric:
-        """The posterior's, or what suits the target: relative for trained networks, whose tensors have a size of their own."""
-        if self.posterior.metric != "auto":
-            return self.posterior.metric
-        return "relative" if hasattr(self.target, "training") else "euclidean"
+        """The posterior's, or what suits the target."""
+        return self.target.metric if self.posterior.metric == "auto" else self.posterior.metric
 
     @property
     def fge(self) -> float:

@@ -1,4 +1,4 @@
-"""Sampling: runs in one program, in chunks of seconds for progress and resuming, parts of the chains on a thread for each core."""
+"""Sampling: runs in one program, in chunks of seconds for progress and resuming, their chains divided among the cores."""
 
 from __future__ import annotations
 
@@ -179,8 +179,10 @@ def _sample_runs(
 
     def after_chunk(carry: Any, done: int) -> None:
         parts, count = carry
+        buffers = [buffer for _, buffer in parts]
         drawn.append({
-            name: np.concatenate([np.asarray(buffer[name])[mine, :, :count] for _, buffer in parts], axis=1) for name in parts[0][1]
+            name: np.concatenate([np.asarray(buffer[name])[mine, :, :count] for buffer in buffers], axis=1)
+            for name in buffers[0]
         })  # fmt: skip
         nonlocal saved, save_seconds
         now = time.perf_counter()

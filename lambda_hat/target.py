@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,13 @@ class DataSpec(Spec):
 
 
 class TargetSpec(Spec):
-    """Fields of all targets. Each family adds its own and its `build` and `objective`."""
+    """Fields of all targets. Each family adds its own and its `build` and `objective`.
+
+    metric: the units of offsets that suit the family, see `lambda_hat.posterior.PosteriorSpec`: the tensors of a trained
+      network have a size of their own; exact values of the llc are stated for euclidean ones.
+    """
+
+    metric: ClassVar[Literal["euclidean", "relative"]] = "relative"
 
     seed: int = Field(0, ge=0, lt=2**32, description="seed of the data, the teacher, the initial weights and the training")
     precision: Precision = Field("float32", description="dtype of parameters, data and sampling")

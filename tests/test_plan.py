@@ -184,8 +184,8 @@ def test_posterior_default_is_a_preset_if_there_is_one():
         (["model.depth=1e3"], ["target.mlp.model.depth must be a valid integer; got 1000.0."]),
         (["posterior.nbeta=1e999"], ["posterior.default.nbeta", "finite number"]),
         (["sampler.num_chains=true"], ["sampler.sgld.num_chains must be a valid integer; got True."]),
-        (["sampler.step_size=nan"], ["sampler.sgld.step_size must be a valid number; got 'nan'."]),
-        (["model.activation=rleu"], ["target.mlp.model.activation must be 'relu', 'tanh'", "got 'rleu'"]),
+        (["sampler.step_size=nan"], ["sampler.sgld.step_size must be a valid number; got 'nan' or must be 'auto'"]),
+        (["model.activation=rleu"], ["target.mlp.model.activation must be 'relu', 'leaky_relu'", "got 'rleu'"]),
         (["data.teacher=small"], ["target.mlp.data.teacher must be a table of fields; got 'small'."]),
         (["data=few", "model.depth.x=1"], ["model.depth.x", "Did you mean 'model.depth'?"]),
         (["target.widths=[5]"], ["target.dln.widths must have at least 2 items; got [5]."]),
@@ -213,7 +213,7 @@ def test_malformed_experiments():
 @pytest.mark.parametrize(
     ("presets", "words"),
     [
-        ({"target": {"x": {"rank": 1}}}, ["[presets.target.x] must name its family", "Known: digits, dln"]),
+        ({"target": {"x": {"rank": 1}}}, ["[presets.target.x] must name its family", "Known: custom, digits"]),
         ({"target": {"x": {"family": "mpl"}}}, ["family", "got 'mpl'", "Did you mean 'mlp'?"]),
         ({"target": {"x": {"family": "mlp", "sed": 1}}}, ["target.x.sed is no field that exists. Did you mean 'seed'?"]),
         ({"target": {"x": {"family": "mlp", "model": {"widht": 1}}}}, ["target.x.model.widht", "Did you mean 'width'?"]),

@@ -186,7 +186,7 @@ def test_relative_posterior_is_that_of_the_rescaled_network(factor):
 
 
 def test_relative_scales_by_hand():
-    """One tensor: scale^2 = c / F with log c = log(rms^2 F), so the scale is its rms; a dead tensor too is measured in its own."""
+    """One tensor: scale^2 = c / F with log c = log(rms^2 F), so the scale is its rms; so it is of a dead one."""
     params, dataset = relu_problem()
     dead = {"alive": params["w2"], "dead": np.full(3, 0.2), "zero": np.zeros(2)}
     alive_only = Objective(lambda p, d: jnp.square(d.samples["x"][:, :1] @ p["alive"][None, :1] - 1.0)[:, 0])

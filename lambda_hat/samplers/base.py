@@ -1,8 +1,8 @@
 """What every sampler shares: the fields of its spec and the two functions it is made of.
 
 Conventions (one place for all): samplers move the offset u from w*, with potential
-U(u) = nbeta (L_n(w) - L_n(w*)) + localization/2 |u|^2; the density sampled is exp(-U). Langevin samplers drift by step_size * grad U and add noise of variance
-2 * step_size (BlackJAX's convention; others write step_size/2 and step_size).
+U(u) = nbeta (L_n(w) - L_n(w*)) + localization/2 |u|^2; the density sampled is exp(-U). Langevin samplers drift by
+step_size * grad U and add noise of variance 2 * step_size (BlackJAX's convention; others write step_size/2 and step_size).
 """
 
 from __future__ import annotations

@@ -23,9 +23,9 @@ class SghmcSpec(StochasticSpec):
 
     v <- v - s grad U(u),  u <- u + s/2 v,  v <- (1 - friction) v + sqrt(1 - (1 - friction)^2) N(0, I),  u <- u + s/2 v:
 
-    the BAOAB splitting (Leimkuhler & Matthews 2013), in which a quadratic loss suffers no error from the length of the step. With
-    friction 1 it is SGLD with the same step_size. With less, slow directions move 1/friction times as far in as many steps,
-    and the noise of minibatches heats 1/friction times as much: control variates go well with it.
+    the BAOAB splitting (Leimkuhler & Matthews 2013), in which a quadratic loss suffers no error from the length of the step.
+    With friction 1 it is SGLD with the same step_size. With less, slow directions move (2 - friction) / friction times as far
+    in as many steps, and the noise of minibatches heats as many times as much: control variates go well with it.
     """
 
     kind: Literal["sghmc"] = "sghmc"

@@ -22,17 +22,19 @@ MIN_ADAPTATION = 100
 class SgldSpec(StochasticSpec):
     """Stochastic gradient Langevin dynamics on minibatches, plain or preconditioned.
 
-    u <- u - e_t (nbeta g + localization u) + sqrt(2 e_t) (x_t + x_{t-1}) / 2, g an estimate of grad L_n(w) from a fresh minibatch
-    and x_t ~ N(0, I) (Leimkuhler & Matthews 2013): where the loss is quadratic no error comes from the length of the step. The
-    euler integrator has x_t in place of the mean of two, which makes the llc too large by a share of about e h/4, averaged over
-    the curvatures h of the potential.
+    u <- u - e_t (nbeta g + localization u) + sqrt(2 e_t) (x_t + x_{t-1}) / 2,
+
+    g an estimate of grad L_n(w) from a fresh minibatch and x_t ~ N(0, I) (Leimkuhler & Matthews 2013): where the loss is
+    quadratic no error comes from the length of the step. The euler integrator has x_t in place of the mean of two, which makes
+    the llc too large by a share of about e h/2, averaged over the curvatures h of the potential.
 
     none: e_t = step_size. rmsprop, adam: e_t = step_size / (sqrt(v_t) + stabilizer) for each coordinate, with
     v_t = beta2 v_{t-1} + (1-beta2) g^2 of the loss gradient alone, v_0 = 1, bias-corrected by 1/(1-beta2^t); adam also
     drifts along m_t = beta1 m_{t-1} + (1-beta1) g, m_0 = 0, corrected by 1/(1-beta1^t), in place of g (arXiv 2507.21449,
     App. D.3).
-    v is adapted during burn-in (the first half of it with step_size = "auto") and then frozen: a v that follows the chain shortens the steps where gradients are large, so
-    that the chain lingers there and the llc comes out too high (by a quarter on a quadratic).
+    v is adapted during burn-in (the first half of it with step_size = "auto") and then frozen: a v that follows the chain
+    shortens the steps where gradients are large, so that the chain lingers there and the llc comes out too high (by a quarter
+    on a quadratic).
     """
 
     kind: Literal["sgld"] = "sgld"

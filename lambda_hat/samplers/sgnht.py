@@ -21,9 +21,9 @@ class SgnhtSpec(StochasticSpec):
     u <- u + s v,  v <- (1 - xi) v - s grad U(u) + N(0, 2 friction T),  s = sqrt(step_size),
     xi <- xi + thermostat (|v|^2 / d - T),  T = 1 / (1 - xi/2),
 
-    xi starting at friction. Minibatch noise heats v; xi then rises until the mean kinetic energy is right again. T is the variance
-    of v at this point of the step, after the kick, when u has the posterior's. One xi cools all directions alike, so those with
-    more noise than others stay hotter.
+    xi starting at friction. Minibatch noise heats v; xi then rises until the mean kinetic energy is right again. T is the
+    variance of v at this point of the step, after the kick, when u has the posterior's. One xi cools all directions alike, so
+    those with more noise than others stay hotter.
     """
 
     kind: Literal["sgnht"] = "sgnht"

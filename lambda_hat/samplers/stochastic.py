@@ -1,8 +1,7 @@
 """What the samplers on minibatches share: SGLD, SGHMC and SGNHT.
 
-All three take `step_size` in SGLD's convention (drift step_size grad U, noise of variance 2 step_size), so that one step size suits
-all. Those with a momentum v move in units of s = sqrt(step_size) / h, z = u / s, with steps of h: gradients with respect to z
-are s times those of u, v has unit variance, and a step of friction 1, which renews v, is SGLD's with that step size.
+All three take `step_size` in SGLD's convention (drift step_size grad U, noise of variance 2 step_size), so that one step size
+suits all: the momenta of the other two have unit variance, and a step of friction 1, which renews them, is SGLD's.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class StochasticSpec(SamplerSpec):
     step_size: StepSize = Field("auto", description="drift per unit gradient of the potential; auto = found in burn-in")
     batch_size: int = Field(256, ge=1, description="samples per gradient, drawn with replacement; at most n")
     gradient: Literal["plain", "control_variates"] = Field(
-        "control_variates", description="plain: of the minibatch; control_variates: less its own at w* plus all the data's there"
+        "control_variates", description="plain: the minibatch's; control_variates: less its own at w* plus all the data's there"
     )
     eval_every: int = Field(0, ge=0, description="evaluate the loss on all the data every so many draws; 0 = never")
 

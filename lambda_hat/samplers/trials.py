@@ -28,8 +28,8 @@ WATCH_EVERY = 50
 
 class State(NamedTuple):
     """inner: the sampler's own state. step_size: the one in use. acceptance_rate, noise_excess: of the last trial, or in the
-    search their means (the excess per unit of step size). llc: its mean in the search. dual_averaging: BlackJAX's search, or ().
-    """
+    search their means (the excess per unit of step size). llc: its mean in the search. dual_averaging: BlackJAX's search,
+    or ()."""
 
     inner: Any
     step_size: jax.Array
@@ -60,8 +60,8 @@ def attempt(rng_key: jax.Array, position: jax.Array, step_size: jax.Array, minib
     Both ends are evaluated on the same minibatch: their densities are of one posterior, and the probability measures the error
     that the length of the step makes, whatever the noise of minibatches. That noise is measured apart, by the gradient g' of
     another minibatch: with variance v_i it heats coordinate i by e_i nbeta^2 v_i / 2, relative to a temperature of 1, and each
-    degree of freedom that the loss confines adds half its temperature to the llc, so the excess is 1/8 nbeta^2 sum_i e_i (g_i - g'_i)^2
-    on average.
+    degree of freedom that the loss confines adds half its temperature to the llc, so the excess is
+    1/8 nbeta^2 sum_i e_i (g_i - g'_i)^2 on average.
     """
     batch_key, other_key, noise_key = jax.random.split(rng_key, 3)
     noise = random.normal(noise_key, position.shape, position.dtype)

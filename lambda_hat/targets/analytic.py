@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,8 @@ class QuadraticSpec(TargetSpec):
     L_n(w) - L_n(w*) = 1/2 sum_i h_i (w_i - w*_i)^2. w* is the samples' mean; the curvatures h are spaced evenly in log from
     1/condition_number to 1.
     """
+
+    metric: ClassVar[Literal["euclidean", "relative"]] = "euclidean"
 
     family: Literal["quadratic"] = "quadratic"
     data: QuadraticData = QuadraticData(n_data=1000)
@@ -92,6 +94,8 @@ class DeepLinearSpec(TargetSpec):
     the condition under which Aoyagi's lambda is the local value: layer s is V_{s+1} D_s V_s^T, with V_s an orthonormal
     basis of `rank` directions of layer s's space and D_s diagonal in [0.5, 1.5].
     """
+
+    metric: ClassVar[Literal["euclidean", "relative"]] = "euclidean"
 
     family: Literal["dln"] = "dln"
     data: DeepLinearData = DeepLinearData(n_data=1_000_000)
@@ -150,6 +154,8 @@ class ReducedRankSpec(TargetSpec):
 
     f(x) = B A x with A (hidden_dim, input_dim) and B (output_dim, hidden_dim), l(w; x) = 1/2 |f(x) - B0 A0 x|^2; else as `dln`.
     """
+
+    metric: ClassVar[Literal["euclidean", "relative"]] = "euclidean"
 
     family: Literal["reduced_rank"] = "reduced_rank"
     data: DeepLinearData = DeepLinearData(n_data=1_000_000)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,8 @@ class NormalCrossingSpec(TargetSpec):
     l_j(w) = prod_i w_i^(2 a_i) + t_j . w with sum_j t_j = 0, so that L_n(w) = prod_i w_i^(2 a_i): the local form of every loss
     after a resolution of its singularities (Watanabe 2009). A perfect sampler returns `theory.finite_normal_crossing_llc`.
     """
+
+    metric: ClassVar[Literal["euclidean", "relative"]] = "euclidean"
 
     family: Literal["normal_crossing"] = "normal_crossing"
     data: NormalCrossingData = NormalCrossingData(n_data=1000)
@@ -84,6 +86,8 @@ class TanhSpec(TargetSpec):
 
     f(x) = sum_h b_h tanh(a_h x) with l(w; x) = 1/2 f(x)^2. A perfect sampler returns `theory.finite_tanh_llc`.
     """
+
+    metric: ClassVar[Literal["euclidean", "relative"]] = "euclidean"
 
     family: Literal["tanh"] = "tanh"
     data: TanhData = TanhData()
