@@ -23,6 +23,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import itertools
 import json
 import os
 import platform
@@ -39,6 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lambda_hat.llc import load_arviz
+from lambda_hat.networks import ModelSpec, mlp
 from lambda_hat.posterior import PosteriorSpec
 from lambda_hat.runtime import configure
 from lambda_hat.samplers.sgld import SgldSpec
@@ -49,8 +52,9 @@ from lambda_hat.target import Dataset, Objective
 PEER = ["torch==2.13.0", "devinterp==1.3.2"]
 SMALL, LARGE = (32, 64, 64, 64, 1), (32, 700, 700, 700, 1)
 NUM_DATA, BATCH, CHAINS, THINNING = 20_000, 256, 4, 10
-NBETA, LOCALIZATION = NUM_DATA / np.log(NUM_DATA), 1.0
-STEP_SIZE = {SMALL: 2e-7, LARGE: 2e-8}
+#: A pull strong enough for the chains to forget where they began within the few thousand steps devinterp is given.
+NBETA, LOCALIZATION = NUM_DATA / np.log(NUM_DATA), 1000.0
+STEP_SIZE = {SMALL: 5e-7, LARGE: 5e-8}
 #: (loader, processes) of devinterp.
 PEERS = [("DataLoader", 1), ("DataLoader", os.cpu_count() or 1), ("tensors", os.cpu_count() or 1)]
 #: A product on one core, whatever its size.
@@ -64,7 +68,7 @@ def network(widths: tuple[int, ...], seed: int = 0) -> Arrays:
     """He-normal weights w0, b0, w1, ..., inputs x and the network's own outputs y: a teacher at a zero of its loss."""
     rng = np.random.default_rng(seed)
     arrays: Arrays = {}
-    for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+    for i, (a, b) in enumerate(itertools.pairwise(widths)):
         arrays[f"w{i}"] = (rng.standard_normal((a, b)) * np.sqrt(2 / a)).astype(np.float32)
         arrays[f"b{i}"] = np.zeros(b, np.float32)
     x = rng.standard_normal((NUM_DATA, widths[0])).astype(np.float32)
@@ -75,20 +79,20 @@ def network(widths: tuple[int, ...], seed: int = 0) -> Arrays:
     return arrays | {"x": x, "y": h[:, 0]}
 
 
-def _per_sample_loss(params: Arrays, dataset: Dataset) -> jax.Array:
-    h, depth = dataset.samples["x"], len(params) // 2
-    for i in range(depth):
-        h = h @ params[f"w{i}"] + params[f"b{i}"]
-        h = jax.nn.relu(h) if i < depth - 1 else h
-    return jnp.square(h[:, 0] - dataset.samples["y"])
+@functools.cache
+def objective(widths: tuple[int, ...]) -> Objective:
+    """Squared error of the library's own MLP."""
+    apply = mlp(ModelSpec(widths=widths[1:-1]), 1).apply
 
+    def per_sample_loss(params: Any, dataset: Dataset) -> jax.Array:
+        return jnp.square(apply(params, dataset.samples["x"])[:, 0] - dataset.samples["y"])
 
-OBJECTIVE = Objective(_per_sample_loss)
+    return Objective(per_sample_loss)
 
 
 def step_flops(widths: tuple[int, ...]) -> float:
     """Of one step of one chain; a multiplication and an addition are two."""
-    products = [(2 if i == 0 else 3) * a * b for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False))]
+    products = [(2 if i == 0 else 3) * a * b for i, (a, b) in enumerate(itertools.pairwise(widths))]
     return 2.0 * BATCH * sum(products)
 
 
@@ -112,7 +116,8 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 def sample_ours(arrays: Arrays, widths: tuple[int, ...], num_draws: int, settings: int = 1) -> tuple[float, np.ndarray]:
     """Seconds and the trace of L(w) - L(w*), (chain, draw), of the first of `settings` runs in one batched program."""
-    params = {name: value for name, value in arrays.items() if name not in "xy"}
+    layers = [*(f"hidden_{i}" for i in range(len(widths) - 2)), "output"]
+    params = {layer: {"w": arrays[f"w{i}"], "b": arrays[f"b{i}"]} for i, layer in enumerate(layers)}
     dataset = Dataset({"x": arrays["x"], "y": arrays["y"]}, {})
     runs = [
         Run(
@@ -125,7 +130,7 @@ def sample_ours(arrays: Arrays, widths: tuple[int, ...], num_draws: int, setting
         for seed in range(settings)
     ]  # fmt: skip
     traces: list[Any] = []
-    seconds = _seconds(lambda: traces.extend(sample_runs(OBJECTIVE, params, dataset, runs)))
+    seconds = _seconds(lambda: traces.extend(sample_runs(objective(widths), params, dataset, runs)))
     return seconds, traces[0].draws["loss_difference"]
 
 
@@ -154,8 +159,9 @@ class Peer:
         process.stdin.write(json.dumps(request) + "\n")  # type: ignore[union-attr]
         process.stdin.flush()  # type: ignore[union-attr]
         answer = json.loads(process.stdout.readline())  # type: ignore[union-attr]
-        half, whole = answer["seconds"]
-        return CHAINS * THINNING * (num_draws - num_draws // 2) / (whole - half), np.load(answer["losses"])
+        start, whole = answer["seconds"]
+        rate = num_draws / whole if cores == 1 else (num_draws - 1) / (whole - start)
+        return CHAINS * THINNING * rate, np.load(answer["losses"])
 
     def close(self) -> None:
         for process in self.processes.values():
@@ -250,14 +256,14 @@ def report(figures: dict[str, Any]) -> list[str]:
     ratio = figures["batched"]["time_ratio"]
     if gpu:
         check("batched", ratio, least=False)
-    print(
-        f"\n{figures['batched']['settings']} settings of the small network in one program take {ratio:.1f} times the time of one"
-    )
+    settings = figures["batched"]["settings"]
+    print(f"\n{settings} settings of the small network in one program take {ratio:.1f} times the time of one")
     if "products" in figures:
+        small, large = figures["products"]["small"], figures["products"]["large"]
         print(
             "\nWhat bounds: a hidden layer's three products alone, two chains to a core, reach "
-            f"{figures['products']['small']:.0%} of the peak (small) and {figures['products']['large']:.0%} (large); the rest of a "
-            "step is random numbers, gathering the batch, activations and the update, bound by memory in the large network. "
+            f"{small:.0%} of the peak (small) and {large:.0%} (large); the rest of a step is random numbers, gathering the "
+            "batch, activations and the update, bound by memory in the large network. "
             "devinterp is bound by Python: one chain and one operation at a time, a tensor per sample in DataLoader."
         )
     return missed
@@ -312,7 +318,8 @@ def measure(options: argparse.Namespace, sampled: Peer | None, folder: Path) -> 
     figures: dict[str, Any] = {
         "platform": jax.default_backend(), "device": jax.devices()[0].device_kind, "cores": os.cpu_count(),
         "versions": {"jax": jax.__version__, "numpy": np.__version__, "python": platform.python_version()},
-        "peak_gflops": peak / 1e9, "small": found("small"), "large": {"chain_steps_per_second": max(rates["large"]), "rounds": rates["large"]},
+        "peak_gflops": peak / 1e9, "small": found("small"),
+        "large": {"chain_steps_per_second": max(rates["large"]), "rounds": rates["large"]},
         "peers": {key: found(key) for key in rates if key not in ("small", "large")},
         "ess_chain_steps": CHAINS * THINNING * half,
         "batched": {"settings": settings, "seconds": times, "time_ratio": times[settings] / times[1]},

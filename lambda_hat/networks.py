@@ -124,7 +124,8 @@ def mlp(spec: ModelSpec, output_dim: int) -> hk.Transformed:
 
     def forward(x: jax.Array) -> jax.Array:
         init = initializer(spec.init, spec.activation)
-        h = x.T
+        # Or XLA would fold the transposition into the gradient of the first layer's weights.
+        h = jax.lax.optimization_barrier(x.T)
         for layer, width in enumerate(spec.hidden_widths(x.shape[-1], output_dim)):
             out = Dense(width, spec.bias, init, f"hidden_{layer}")(h)
             if spec.layernorm:

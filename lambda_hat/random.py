@@ -17,6 +17,8 @@ from jax.extend import random as jex_random
 #: Of Threefry-2x32, 20 rounds (Salmon et al. 2011): rotations, by groups of four rounds, and the parity of the key schedule.
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 PARITY = np.uint32(0x1BD11BDA)
+#: The bits of a word that give a normal's angle; the others give its radius.
+ANGLE = np.uint32(2**14 - 1)
 #: Second words of the counters, which keep the streams of bits, splits and folds apart.
 BITS, FOLD, SPLIT = np.uint32(0), np.uint32(2**32 - 2), np.uint32(2**32 - 1)
 
@@ -33,14 +35,13 @@ def normal(rng_key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.
         return jax.random.normal(rng_key, shape, dtype)
     size = math.prod(shape)
     counter = jax.lax.iota(jnp.uint32, (size + 3) // 4)
-    # Concatenated, or XLA would compute the cipher once for each of its uses.
-    bits = jnp.concatenate(_threefry(jax.random.key_data(rng_key), counter, jnp.full_like(counter, BITS)))
+    words = _threefry(jax.random.key_data(rng_key), counter, jnp.full_like(counter, BITS))
+    # One array of all words, or XLA would compute the cipher once for each of its uses. Its second half has the first's radii,
+    # and angles a quarter of a turn earlier, whose cosines are the sines.
+    quarter = [(word & ~ANGLE) | ((word - np.uint32(2**12)) & ANGLE) for word in words]
+    bits = jnp.concatenate([*words, *quarter])
     uniform = ((bits >> np.uint32(14)).astype(jnp.int32).astype(jnp.float32) + np.float32(0.5)) * np.float32(2**-18)
-    radius = jnp.sqrt(-2 * jnp.log(uniform))
-    angle = bits << np.uint32(18)
-    # The sine is the cosine a quarter of a turn earlier.
-    pairs = [radius * _cosine(angle), radius * _cosine(angle - np.uint32(2**30))]
-    return jnp.concatenate(pairs)[:size].reshape(shape)
+    return (jnp.sqrt(-2 * jnp.log(uniform)) * _cosine(bits << np.uint32(18)))[:size].reshape(shape)
 
 
 def _cosine(turns: jax.Array) -> jax.Array:

@@ -169,7 +169,7 @@ def _sample_runs(
     def advance(carry: Any, first: int, length: int) -> Any:
         start, count = np.int32(first), np.int32(length)
         calls = [
-            functools.partial(program.advance.prepare(state, own, start, count), state, own, start, count)
+            functools.partial(program.advance.prepare(len(inputs_of) > 1, state, own, start, count), state, own, start, count)
             for (state, _), own in zip(carry[0], inputs_of, strict=True)
         ]
         return list(threads.map(lambda call: jax.block_until_ready(call()), calls)), length

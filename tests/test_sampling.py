@@ -80,7 +80,7 @@ def test_work_is_counted():
     sgld = spec_of("sgld", **fields)
     assert sgld.fge(1000) == pytest.approx(4 * (60 + 600) * 0.2)  # control variates take two gradients
     assert spec_of("sgld", **fields, gradient="plain").fge(1000) == pytest.approx(4 * (60 + 600) * 0.1)
-    trials = 4 * 14 * 3 * 0.2  # of 660 steps, every 50th from the first, three minibatches each
+    trials = 4 * 7 * 3 * 0.2  # of 660 steps, every 100th from the first, three minibatches each
     assert _sample(sgld).draws["work"].sum() == pytest.approx(sgld.fge(1000) + trials)
     hmc = spec_of("hmc", num_draws=30, num_burnin_steps=40, num_integration_steps=7)
     assert hmc.fge(1000) == 4 * 70 * 7

@@ -120,4 +120,8 @@ def _build(
         position = state.position + step_size * gradient_logdensity + jnp.sqrt(step_size / 2) * (state.noise + noise)
         return State(position, m, state.v, noise), info
 
-    return with_trials(Sampler(init, step), minibatch, num_search_steps, scale, adapt)
+    def lag(numbers: dict) -> jax.Array | float:
+        """Of Adam's first moment, which is of gradients up to (1 + beta1) / (1 - beta1) steps old."""
+        return (1 - numbers["beta1"]) / (1 + numbers["beta1"]) if preconditioner == "adam" else 1.0
+
+    return with_trials(Sampler(init, step), minibatch, num_search_steps, scale, adapt, shorter=lag)

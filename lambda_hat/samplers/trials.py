@@ -23,7 +23,7 @@ MAX_EXCESS = 0.02
 FIRST_STEP = 1e-2
 
 #: Steps between two trials after burn-in, so that watching costs a few hundredths of the work.
-WATCH_EVERY = 50
+WATCH_EVERY = 100
 
 
 class State(NamedTuple):
@@ -90,6 +90,7 @@ def with_trials(
     scale: Callable[[Any, dict, jax.Array], jax.Array | float] = lambda inner, numbers, index: 1.0,
     adapt: Callable[[Any, jax.Array, dict, jax.Array], Any] = lambda inner, gradient, numbers, index: inner,
     heat: Callable[[dict], jax.Array | float] = lambda numbers: 1.0,
+    shorter: Callable[[dict], jax.Array | float] = lambda numbers: 1.0,
 ) -> Sampler:
     """The sampler watched by trials, and its step size searched in the first three quarters of `num_search_steps`.
 
@@ -104,6 +105,7 @@ def with_trials(
       scale: (inner state, numbers, index) -> the preconditioner, by which a coordinate's step size is multiplied.
       adapt: (inner state, gradient of the loss, numbers, index) -> inner state; what the sampler learns from a gradient.
       heat: numbers -> how many times as much as Langevin's the sampler is heated by the noise of minibatches.
+      shorter: numbers -> by what the step found must be multiplied where the sampler's errs more than Langevin's.
     """
     from blackjax.adaptation.step_size import dual_averaging_adaptation  # starts JAX's backend, which the settings choose
 
@@ -133,7 +135,7 @@ def with_trials(
         anew = dual_init(step_size)
         dual = jax.tree.map(lambda new, old: jnp.where(index == restart - 1, new, old).astype(old.dtype), anew, dual)
         quiet = jnp.where((llc > 0) & (noise_excess > 0), MAX_EXCESS * llc / noise_excess, jnp.inf)
-        found = jnp.minimum(dual_final(dual), quiet)
+        found = shorter(numbers) * jnp.minimum(dual_final(dual), quiet)
         step_size = jnp.where(index == end - 1, found, step_size).astype(here.dtype)
         inner = inner._replace(position=jnp.where(accepted, trial.position, here))
         info = trial.info._replace(acceptance_rate=trial.acceptance_rate)
