@@ -33,7 +33,14 @@ clean:
 	rm -rf .venv lambda_hat_store
 
 # The figures of docs/benchmarks.md.
-.PHONY: bench
-bench: .venv/installed
-	$(BIN)/python benchmarks/accuracy.py
+.PHONY: bench bench-accuracy bench-speed
+bench: bench-accuracy bench-speed
 	$(BIN)/python benchmarks/sweep_overhead.py
+
+bench-accuracy: .venv/installed
+	$(BIN)/python benchmarks/accuracy.py $(ARGS)
+	$(BIN)/python benchmarks/deep_linear.py $(ARGS)
+
+# Installs devinterp and PyTorch in an environment of their own.
+bench-speed: .venv/installed
+	$(BIN)/python benchmarks/speed.py $(ARGS)

@@ -45,6 +45,11 @@ class InMemorySpec(TargetSpec):
     family: Literal["in_memory"] = "in_memory"
     data: DataSpec
     content: str
+    observed: tuple[str, ...] = ()
+
+    @property
+    def observable_names(self) -> tuple[str, ...]:
+        return self.observed
 
 
 class InMemoryRun(RunSpec):
@@ -181,7 +186,7 @@ def estimate_llcs(
     names = () if observables is None else tuple(dict.fromkeys([TRAIN, *followed]))
     target = InMemorySpec(
         precision="float64" if wrapped.losses.dtype == np.float64 else "float32",
-        data=DataSpec(n_data=wrapped.dataset.num_data), content=_content(wrapped),
+        data=DataSpec(n_data=wrapped.dataset.num_data), content=_content(wrapped), observed=tuple(followed),
     )  # fmt: skip
     specs = [_run_spec(target, observables=names, **setting) for setting in settings]
     nums_params = [_num_params(spec, wrapped) for spec in specs]

@@ -32,6 +32,12 @@ class RunSpec(Spec):
         batch_size = getattr(self.sampler, "batch_size", 0)
         if batch_size > self.target.num_data:
             raise ValueError(f"sampler.batch_size must be at most data.n_data, {self.target.num_data}; got {batch_size}")
+        unknown = [name for name in self.sampler.observables if name not in ("train", *self.target.observable_names)]
+        if unknown:
+            raise ValueError(
+                f"sampler.observables must name datasets of the target, {', '.join(['train', *self.target.observable_names])}; "
+                f"got {', '.join(unknown)}"
+            )
         return self
 
     @property

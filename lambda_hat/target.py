@@ -57,6 +57,11 @@ class TargetSpec(Spec):
         return ()
 
     @property
+    def observable_names(self) -> tuple[str, ...]:
+        """Names of the target's observables besides "train"; known without building."""
+        return ()
+
+    @property
     def num_data(self) -> int:
         """Number of training samples n."""
         return self.data.n_data  # type: ignore[attr-defined]

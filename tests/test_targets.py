@@ -421,3 +421,9 @@ def test_custom_ids_follow_path_arguments_and_version():
     others = [{"path": "other:f"}, {"arguments": {"scale": 2.0}}, {"version": "2"}]
     ids = {base.target_id, *(base.model_copy(update=other).target_id for other in others)}
     assert len(ids) == 4
+
+
+@family
+def test_observables_are_named_without_building(family):
+    spec = CASES[family]()
+    assert set(spec.build().observables) == set(spec.observable_names)

@@ -68,6 +68,10 @@ class _ClassificationSpec(TrainedSpec):
         """(batch, side * side) -> (batch, NUM_CLASSES), the same object for equal networks."""
         raise TypeError(f"{type(self).__name__} has no network")
 
+    @property
+    def observable_names(self) -> tuple[str, ...]:
+        return ("test", *(f"class_{label}" for label in range(NUM_CLASSES)))
+
     def build(self, progress: Progress = no_progress, resume: Unfinished | None = None, save: Save | None = None) -> Target:
         dataset, test = self.images()
         init_key, training_key = jax.random.split(jax.random.key(self.seed))

@@ -123,6 +123,10 @@ class ModularAdditionSpec(TrainedSpec):
         weight_decay=2.0,
     )
 
+    @property
+    def observable_names(self) -> tuple[str, ...]:
+        return ("test",)
+
     def build(self, progress: Progress = no_progress, resume: Unfinished | None = None, save: Save | None = None) -> Target:
         p, n = self.data.modulus, self.data.n_data
         pairs = np.random.default_rng((self.seed, 0)).permutation(p * p).astype(np.int32)

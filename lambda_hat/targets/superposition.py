@@ -48,6 +48,10 @@ class SuperpositionSpec(TrainedSpec):
     training: TrainingSpec = TrainingSpec()
     num_hidden: int = Field(2, ge=1, description="dimension of the hidden space, rows of W")
 
+    @property
+    def observable_names(self) -> tuple[str, ...]:
+        return tuple(f"feature_{i}" for i in range(min(self.data.num_features, OBSERVED_FEATURES)))
+
     def build(self, progress: Progress = no_progress, resume: Unfinished | None = None, save: Save | None = None) -> Target:
         rng = np.random.default_rng((self.seed, 0))
         features = self.data.num_features

@@ -45,6 +45,10 @@ class MlpSpec(TrainedSpec):
     data: TeacherData = TeacherData()
     training: TrainingSpec = TrainingSpec()
 
+    @property
+    def observable_names(self) -> tuple[str, ...]:
+        return ("test",)
+
     def build(self, progress: Progress = no_progress, resume: Unfinished | None = None, save: Save | None = None) -> Target:
         teacher_key, student_key, training_key = jax.random.split(jax.random.key(self.seed), 3)
         with jax.enable_x64(self.precision == "float64"):
