@@ -41,7 +41,6 @@ from lambda_hat.run import RunSpec
 from lambda_hat.runtime import configure
 from lambda_hat.sampling import sample
 from lambda_hat.settings import Runtime
-from lambda_hat.theory import deep_linear_llc
 
 
 class SizeClass(NamedTuple):

@@ -13,7 +13,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows.orchestration import Place, RunsFailed, artifact_task, command_line, open_place, plan, publish_to_ui, reason
 from flows.progress import log_progress
 from lambda_hat import artifacts, report
-from lambda_hat.manifest import ArtifactError, diagnosis_address, run_address, sweep_address, target_address
+from lambda_hat.manifest import diagnosis_address, run_address, sweep_address, target_address
 from lambda_hat.run import RunSpec, batches, labels
 from lambda_hat.runtime import configure
 from lambda_hat.store import Store
@@ -116,7 +116,7 @@ def _publish(specs: list[RunSpec], rows: list[dict[str, Any]], store: Store) -> 
             manifest = artifacts.publish_sweep(finished, store)
             names = [file.name for file in manifest.files if file.name.endswith(".png")]
             plots = {name: store.read(sweep_address(manifest.id), name) for name in names}
-    except ArtifactError as error:  # a damaged trace: there is a table all the same
+    except Exception as error:  # a damaged trace, a plot that fails: there is a table all the same
         heading += f"; no plots: {error}"
         get_run_logger().error(heading)
     publish_to_ui("sweep-results", report.table(rows), plots, heading)

@@ -26,7 +26,7 @@ from lambda_hat.samplers import SamplerSpec
 from lambda_hat.sampling import Run, sample_runs
 from lambda_hat.settings import explain, nearest
 from lambda_hat.spec import InvalidInput
-from lambda_hat.target import DataSpec, TargetSpec
+from lambda_hat.target import DataSpec, TargetSpec, mean_loss_float64
 from lambda_hat.text import with_error
 from lambda_hat.trace import Trace
 from lambda_hat.wrap import LossFn, Wrapped, wrap, wrap_like
@@ -190,7 +190,7 @@ def estimate_llcs(
     )  # fmt: skip
     specs = [_run_spec(target, observables=names, **setting) for setting in settings]
     nums_params = [_num_params(spec, wrapped) for spec in specs]
-    init_loss = float(np.mean(wrapped.losses, dtype=np.float64))
+    init_loss = _init_loss(wrapped)
     estimates: dict[int, LLCEstimate] = {}
     for indices in batches(specs):
         with _bar(progress) as report:
@@ -268,6 +268,14 @@ def _num_params(spec: RunSpec, wrapped: Wrapped) -> int:
         return num_selected(wrapped.params, select(wrapped.params, spec.posterior.parameters))
     except InvalidInput as error:
         raise InvalidInput(_own_words(str(error))) from None
+
+
+def _init_loss(wrapped: Wrapped) -> float:
+    """L_n(w*), in float64 unless the loss has float32 written into it."""
+    try:
+        return mean_loss_float64(wrapped.objective, wrapped.params, wrapped.dataset)
+    except (TypeError, ValueError):  # what JAX raises where dtypes do not fit
+        return float(np.mean(wrapped.losses, dtype=np.float64))
 
 
 def _own_words(text: str) -> str:

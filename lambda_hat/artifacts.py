@@ -135,16 +135,21 @@ def _save_checkpoints(store: Store, addresses: Sequence[Address], checkpoints: S
 def _resumable(checkpoints: Mapping[int, Checkpoint | None]) -> Iterator[tuple[list[int], tuple[list[int], int]]]:
     """Runs that can go on together, and their lanes: those saved at one draw, in the lanes they had, and those never saved.
 
-    A kill between two runs' checkpoints leaves some unsaved; these start again among as many lanes as the others.
+    A kill between two runs' checkpoints leaves some unsaved; these start again among as many lanes as the others. Runs that an
+    earlier sweep sampled apart may have been in one lane: they go on apart.
     """
     saved = [checkpoint for checkpoint in checkpoints.values() if checkpoint is not None]
-    groups: dict[tuple[int, int], list[int]] = {}
+    groups: dict[Any, list[int]] = {}
     for index, checkpoint in checkpoints.items():
-        place = (0, 0) if checkpoint is None else (checkpoint.num_draws, checkpoint.num_lanes)
+        place: Any = None
+        if checkpoint is not None:
+            place = (checkpoint.num_draws, checkpoint.num_lanes, checkpoint.num_parts, checkpoint.observables)
+            while checkpoint.lane in [checkpoints[other].lane for other in groups.get(place, [])]:  # type: ignore[union-attr]
+                place = (*place, "another")
         groups.setdefault(place, []).append(index)
-    for (_, num_lanes), indices in groups.items():
-        if num_lanes:
-            yield indices, ([checkpoints[index].lane for index in indices], num_lanes)  # type: ignore[union-attr]
+    for place, indices in groups.items():
+        if place is not None:
+            yield indices, ([checkpoints[index].lane for index in indices], place[1])  # type: ignore[union-attr]
         else:
             taken = {checkpoint.lane for checkpoint in saved}
             total = max([len(indices) + len(taken), *(checkpoint.num_lanes for checkpoint in saved)])
@@ -283,7 +288,8 @@ def _load_checkpoint(store: Store, address: Address) -> Checkpoint | None:
     groups = unflatten(unpack_arrays(content))
     leaves = [groups["leaves"][str(index)] for index in range(len(groups["leaves"]))]
     seconds = {name: float(value) for name, value in groups["seconds"].items()}
-    return Checkpoint(leaves, groups["draws"], seconds, int(groups["lane"]), int(groups["num_lanes"]))
+    lane, num_lanes, num_parts = (int(groups[name]) for name in ("lane", "num_lanes", "num_parts"))
+    return Checkpoint(leaves, groups["draws"], seconds, lane, num_lanes, num_parts, tuple(groups["observables"].tolist()))
 
 
 def _checkpoint_name(step: int) -> str:

@@ -20,7 +20,7 @@ from lambda_hat.spec import ALGORITHM_VERSION, dotted
 from lambda_hat.text import with_error
 
 #: Verdicts after which the number is no estimate; the others are warnings.
-WRONG = ("diverged", "nan chains", "negative llc", "llc above d/2", "loss below w*", "poor approximation")
+WRONG = ("diverged", "nan chains", "temperature jumped", "negative llc", "llc above d/2", "loss below w*", "poor approximation")
 
 #: Bytes of plots of single runs that one file is to hold; the other runs' are in the store alone.
 MAX_RUN_PLOT_BYTES = 12_000_000

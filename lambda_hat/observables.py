@@ -17,7 +17,7 @@ import numpy as np
 from lambda_hat.llc import finite_chains, mcse
 from lambda_hat.trace import Trace
 
-#: The observable that is a random part of the training data, where a target has one.
+#: The observable that is a part of the training data: evenly spaced samples, unless the target has one of its own.
 TRAIN = "train"
 
 #: Parts of a chain whose covariances are compared to find their error: each must be long against the autocorrelation.
@@ -39,17 +39,33 @@ class Matrix(NamedTuple):
 
 
 def recorded(trace: Trace, name: str) -> np.ndarray | None:
-    """The kept chains' draws after burn-in of an optional field, without draws at which it was not evaluated (NaN).
+    """The kept chains' draws after burn-in of an optional field, without draws at which it was not evaluated.
 
     Returns:
       (chains, draws, ...) in float64; None if the trace has no such field, or no chain or draw is left.
     """
-    if name not in trace.draws:
+    found = recorded_together(trace, name)
+    return None if found is None else found[0]
+
+
+def recorded_together(trace: Trace, *names: str) -> list[np.ndarray] | None:
+    """Several fields, each as by `recorded`, of the same chains and at the same draws.
+
+    A draw at which a field is NaN on every chain was not evaluated and is left out. Any other number that is not finite is a
+    chain's failure: that chain is left out, since its draws that were finite are not a sample of its posterior.
+    """
+    if any(name not in trace.draws for name in names):
         return None
-    draws = trace.posterior_draws(name)[finite_chains(trace)]
-    evaluated = np.all(np.isfinite(draws), axis=tuple(axis for axis in range(draws.ndim) if axis != 1))
-    draws = draws[:, evaluated].astype(np.float64)
-    return draws if draws.size else None
+    fields = [trace.posterior_draws(name) for name in names]
+    evaluated = ~np.any([np.all(np.isnan(field), axis=_but(1, field)) for field in fields], axis=0)
+    fields = [field[:, evaluated] for field in fields]
+    kept = finite_chains(trace) & np.all([np.all(np.isfinite(field), axis=_but(0, field)) for field in fields], axis=0)
+    fields = [field[kept].astype(np.float64) for field in fields]
+    return fields if all(field.size for field in fields) else None
+
+
+def _but(kept: int, field: np.ndarray) -> tuple[int, ...]:
+    return tuple(axis for axis in range(field.ndim) if axis != kept)
 
 
 def blocks(counts: Mapping[str, int]) -> dict[str, slice]:
@@ -58,19 +74,9 @@ def blocks(counts: Mapping[str, int]) -> dict[str, slice]:
     return {name: slice(start, end) for name, (start, end) in zip(counts, itertools.pairwise(ends), strict=True)}
 
 
-def block_losses(trace: Trace) -> np.ndarray | None:
-    """L_D(w) - L_D(w*) of each observable D at each draw, (chains, draws, observables); None if there are none."""
-    observed = recorded(trace, "observed")
-    if observed is None:
-        return None
-    return np.stack([np.mean(observed[:, :, part], axis=2) for part in blocks(trace.observables).values()], axis=2)
-
-
-def training_loss(trace: Trace) -> np.ndarray | None:
-    """L_n(w) - L_n(w*) at the very draws of `block_losses`, (chains, draws): on the observable that is a part of the training
-    data. A trace's loss_difference is averaged over steps, so its covariance with other losses would be too small."""
-    losses = block_losses(trace)
-    return None if losses is None or TRAIN not in trace.observables else losses[:, :, list(trace.observables).index(TRAIN)]
+def block_losses(observed: np.ndarray, counts: Mapping[str, int]) -> np.ndarray:
+    """L_D(w) - L_D(w*) of each observable D, (chains, draws, observables), from the losses of their samples."""
+    return np.stack([np.mean(observed[:, :, part], axis=2) for part in blocks(counts).values()], axis=2)
 
 
 def scaled_mean(draws: np.ndarray, factor: float) -> Measure:
@@ -95,7 +101,8 @@ def free_energy(log_normalizer: np.ndarray, nbeta: float, init_loss: float) -> M
     """F(nbeta) = -log ∫ exp(-nbeta L_n(w)) phi(w) dw = nbeta L_n(w*) - log Z, in nats, phi the localisation's Gaussian.
 
     Args:
-      log_normalizer: each chain's log of an unbiased estimate of Z = E_phi[exp(-nbeta (L_n(w) - L_n(w*)))], (chains,).
+      log_normalizer: each chain's log of a consistent estimate of Z = E_phi[exp(-nbeta (L_n(w) - L_n(w*)))], (chains,). It
+        is not unbiased where the temperatures were chosen by the particles themselves, but nearly.
 
     Returns:
       The value from the chains' mean of Z, and the standard error of the mean of log Z, None for one chain.
@@ -127,8 +134,8 @@ def singular_fluctuation(observed: np.ndarray, nbeta: float, num_data: int) -> M
     """nu(beta) = beta/2 sum_i Var_w[l_i(w)] = nbeta/2 mean_i Var_w[l_i(w)] (Watanabe 2009; d/2 for a regular realisable model).
 
     Args:
-      observed: losses of M random samples of the n training samples, less those at w*, (chains, draws, M). Variances are taken
-        within chains and pooled.
+      observed: losses of M of the n training samples, spread over them, less those at w*, (chains, draws, M). Variances are
+        taken within chains and pooled.
 
     Returns:
       nu, and its error: of the draws and, where M < n, of the choice of the samples.
@@ -186,6 +193,10 @@ def susceptibilities(loss_difference: np.ndarray, observed: np.ndarray) -> Matri
     run. A component of the network (a layer, a head) has a susceptibility of its own: that of a run whose
     `posterior.parameters` leave the others at w*. Positive: with more of D among the training data, the component's loss on
     the present ones rises; per unit h, E[phi] changes by nbeta chi.
+
+    phi must be of all n samples and of the draw itself. From a part of M samples, -Cov[L_M, L_D - L_M] holds all of the
+    variance of L_M, which their choice raises above that of L_n: a positive offset, the same for every D. From phi, the value
+    is the definition's; where D is a sample of a larger set, its expectation over that choice is the set's susceptibility.
 
     Args:
       loss_difference: phi, (chains, draws). observed: L_D(w) - L_D(w*) of K datasets, or of K samples, at the same draws,

@@ -122,7 +122,7 @@ def select(params: Params, patterns: Sequence[str]) -> Selection:
             try:
                 if np.empty(np.shape(leaves[place]), bool)[_index(index)].size == 0:
                     raise IndexError("it is empty")
-            except (IndexError, ValueError) as error:
+            except (IndexError, TypeError, ValueError) as error:
                 raise InvalidInput(
                     f"The index of {pattern!r} in posterior.parameters must fit the tensor {names[place]!r}, "
                     f"of shape {np.shape(leaves[place])}: {error}."

@@ -75,7 +75,7 @@ class Program(NamedTuple):
     pool_draw: int
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)  # a user's loss may hold on to data
 def make_program(objective: Objective, spec: SamplerSpec, selection: Selection, buffer_draws: int) -> Program:
     """The compiled functions of a sampler on a loss; `spec` is static, so a sweep over numbers compiles once."""
     algorithm = spec.algorithm()

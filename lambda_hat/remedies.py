@@ -25,13 +25,12 @@ def remedies_for(spec: RunSpec, star_is_finite: bool) -> dict[str, str]:
         minimum = "w* is not a minimum of the loss: train it longer, or raise posterior.localization to stay near it"
     else:
         minimum = "w* is an exact minimum here, so this is rounding: set target.precision=float64"
-    divergent = f"the integrator fails in part of the posterior: {finer}, or raise posterior.localization"
-    if hasattr(sampler, "num_particles"):
-        divergent = f"burn-in ended before the particles got to the posterior: raise sampler.num_burnin_steps, or {finer}"
     return {
         "diverged": stable if star_is_finite else star,
         "nan chains": f"the other chains are kept, but are as doubtful: {stable}",
-        "divergent steps": divergent,
+        "temperature jumped": "burn-in ended before t reached 1, so the particles are not the posterior's: "
+        "raise sampler.num_burnin_steps or sampler.num_particles",
+        "divergent steps": f"the integrator fails in part of the posterior: {finer}, or raise posterior.localization",
         "negative llc": minimum,
         "llc above d/2": f"no minimum has such a one: the steps are too coarse, {finer}; "
         "or draws leave w*, raise posterior.localization",
@@ -40,6 +39,10 @@ def remedies_for(spec: RunSpec, star_is_finite: bool) -> dict[str, str]:
         "raise sampler.rank, or use a sampler that draws from the posterior itself (hmc, nuts)",
         "losses disagree": "a sample's loss depends on its batch, or rounding hides the difference of losses: "
         "raise sampler.batch_size, or set target.precision=float64",
+        "noisy gradients": f"the noise of minibatches heats the chains, and raises the llc: {_quieter(spec)}",
+        "steps too long": "the error that the length of the step makes biases the llc: "
+        + ("raise sampler.num_burnin_steps to search the step size longer, or " if _of(sampler, "step_size") == "auto" else "")
+        + finer,
         "rising trace": f"the chains have not reached their posterior: raise sampler.num_burnin_steps{or_faster}",
         "falling trace": f"the chains have not settled: raise sampler.num_burnin_steps{or_faster}",
         "over-localised": "the llc is mostly the prior's: lower posterior.localization, or raise posterior.nbeta",
@@ -62,6 +65,16 @@ def _finer(sampler: AnySamplerSpec) -> str:
     ways = {"target_acceptance": "raise", "desired_energy_var": "lower", "step_size": "lower", "learning_rate": "lower"}
     field = next(field for field in ways if hasattr(sampler, field))
     return f"{ways[field]} sampler.{field}"
+
+
+def _quieter(spec: RunSpec) -> str:
+    """How the noise of this sampler's minibatches is made to matter less."""
+    sampler, ways = spec.sampler, [_finer(spec.sampler)]
+    if _of(sampler, "gradient") == "plain":
+        ways.insert(0, "set sampler.gradient=control_variates")
+    if (_of(sampler, "batch_size") or 0) < spec.target.num_data:
+        ways.insert(0, "raise sampler.batch_size")
+    return ", or ".join(ways)
 
 
 def _or_faster(sampler: AnySamplerSpec) -> str:

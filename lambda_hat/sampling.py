@@ -84,10 +84,11 @@ def sample_runs(
     Raises:
       InvalidInput: posterior.parameters do not fit the parameters, or an observable is not there.
     """
-    names = list(dict.fromkeys(name for run in runs for name in run.sampler.observables))
+    names = sorted({name for run in runs for name in run.sampler.observables})
     observables = {name: _observable(name, dataset, observables or {}) for name in names}
     dtype = jnp.dtype(jax.tree.leaves(params_star)[0].dtype)
-    with jax.enable_x64(dtype == jnp.float64):
+    # On GPUs JAX would multiply float32 matrices in TF32, ten bits of mantissa: losses near zero would be noise.
+    with jax.enable_x64(dtype == jnp.float64), jax.default_matmul_precision("highest"):
         return _sample_runs(
             objective, params_star, dataset, runs, metric, observables, resume,
             lanes or (range(len(runs)), len(runs)), save, progress,
@@ -141,11 +142,12 @@ def _sample_runs(
     buffer_draws = int(np.clip(BUFFER_BYTES // draw_bytes, 1, BUFFER_DRAWS))
     program = make_program(objective, sampler.static(), selection, buffer_draws)
     total = sampler.num_burnin_draws + sampler.num_draws
-    parts_of_chains = np.array_split(np.arange(sampler.num_chains), _num_threads(sampler.num_chains))
+    num_parts = _num_parts(sampler.num_chains, num_lanes) if resume is None else resume[0].num_parts
+    parts_of_chains = np.array_split(np.arange(sampler.num_chains), num_parts)
     structure = jax.eval_shape(program.init, inputs)
     spent = {"compile": 0.0, "sampling": 0.0}
     drawn: list[dict[str, np.ndarray]] = []  # (run, chain, draw, ...), in parts
-    if resume is None or not all(_fits(checkpoint, structure, observed.num_data) for checkpoint in resume):
+    if resume is None or not all(_fits(checkpoint, structure, tuple(observables)) for checkpoint in resume):
         state = jax.block_until_ready(program.init(inputs))
     else:
         where = dict(zip(places, resume, strict=True))
@@ -192,7 +194,7 @@ def _sample_runs(
             draws = join(drawn)
             save([
                 Checkpoint([leaf[place] for leaf in leaves], {name: field[run] for name, field in draws.items()}, seconds(),
-                           place, num_lanes)
+                           place, num_lanes, num_parts, tuple(observables))
                 for run, place in enumerate(places)
             ])  # fmt: skip
             saved = time.perf_counter()
@@ -222,12 +224,14 @@ def _sample_runs(
     ]  # fmt: skip
 
 
-def _num_threads(num_chains: int) -> int:
-    """Parts of equal size into which chains are divided, each with a thread of its own: as many as there are cores, on CPUs."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _num_parts(num_chains: int, num_lanes: int) -> int:
+    """Parts of equal size into which chains are divided on CPUs, each with a thread of its own: as many as there are cores, but
+    two or more chains in each, since XLA makes matrix products of single ones badly."""
     if jax.default_backend() != "cpu":
         return 1
-    return max(parts for parts in range(1, min(cores, num_chains) + 1) if num_chains % parts == 0)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = max(1, min(cores, num_chains, num_chains * num_lanes // 2))
+    return max(parts for parts in range(1, most + 1) if num_chains % parts == 0)
 
 
 def _all_chains(states: list[Any]) -> Any:
@@ -259,8 +263,7 @@ def _own_observables(
     return {"observed": draws["observed"][index][..., columns]}
 
 
-def _fits(checkpoint: Checkpoint, structure: Any, num_observed: int) -> bool:
-    """Whether a state has the shapes and dtypes of this program's; that of another version of the libraries may not."""
+def _fits(checkpoint: Checkpoint, structure: Any, observables: tuple[str, ...]) -> bool:
+    """Whether a state is of this program: observes the same, with the shapes and dtypes that other libraries may not have."""
     expected = [(leaf.shape[1:], leaf.dtype) for leaf in jax.tree.leaves(structure)]
-    observed = checkpoint.draws["observed"].shape[-1] if "observed" in checkpoint.draws else 0
-    return observed == num_observed and expected == [(leaf.shape, leaf.dtype) for leaf in checkpoint.leaves]
+    return observables == checkpoint.observables and expected == [(leaf.shape, leaf.dtype) for leaf in checkpoint.leaves]

@@ -41,13 +41,16 @@ class Trace:
 
 
 class Checkpoint(NamedTuple):
-    """A run cut short: its state's leaves, the draws so far, the seconds spent, and its lane among the runs sampled with it."""
+    """A run cut short: its state's leaves, the draws so far, the seconds spent, and the program that made them: the run's lane
+    among those sampled with it, their number, the parts their chains were divided into, and what they observed."""
 
     leaves: list[np.ndarray]
     draws: dict[str, np.ndarray]
     seconds: dict[str, float]
     lane: int
     num_lanes: int
+    num_parts: int
+    observables: tuple[str, ...]
 
     @property
     def num_draws(self) -> int:

@@ -239,7 +239,9 @@ def train(
             save(Unfinished(done, [np.asarray(leaf) for leaf in jax.tree.leaves(carry)], checkpoints))
             saved = time.perf_counter()
             save_seconds = saved - now
-        progress(done, spec.num_steps, "steps", f"loss {np.nanmin(np.asarray(carry[2])):.4g}")
+        losses = np.asarray(carry[2])
+        finite = losses[np.isfinite(losses)]
+        progress(done, spec.num_steps, "steps", f"loss {finite[-1]:.4g}" if finite.size else "no finite loss")
 
     params, _, losses, _ = run_in_chunks(advance, carry, start, spec.num_steps, after_chunk)
     params, losses = _to_host((params, losses))

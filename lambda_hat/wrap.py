@@ -12,7 +12,7 @@ import numpy as np
 
 from lambda_hat.posterior import per_sample_losses, tensor_names
 from lambda_hat.spec import InvalidInput
-from lambda_hat.target import Dataset, Objective
+from lambda_hat.target import Dataset, Objective, Params
 
 #: (params, batch) -> the losses of the batch's samples, (B,), or their mean, ().
 LossFn = Callable[[Any, Any], jax.Array]
@@ -108,7 +108,7 @@ def wrap(loss_fn: LossFn, params: Any, data: Any) -> Wrapped:
     dataset = Dataset(_samples("data", data, dtype, 2), {str(place): np.asarray(leaf) for place, leaf in stays.items()})
     with jax.enable_x64(dtype == np.float64):
         few = Dataset({name: array[:FEW] for name, array in dataset.samples.items()}, dataset.constants)
-        objective = _objective(problem, _is_mean(problem, star, few), dtype)
+        objective = _objective(problem, _is_mean(problem, star, few))
         losses = np.asarray(_losses(objective, star, dataset))
         _check_losses(losses)
         with jax.default_matmul_precision("highest"):
@@ -193,10 +193,15 @@ def _is_mean(problem: _Problem, params: dict[str, np.ndarray], few: Dataset) -> 
 
 
 @functools.lru_cache(maxsize=64)
-def _objective(problem: _Problem, is_mean: bool, dtype: np.dtype) -> Objective:
+def _objective(problem: _Problem, is_mean: bool) -> Objective:
     """The same object for equal problems, so that another estimate compiles nothing."""
     losses = problem.apart if is_mean else problem.together
-    return Objective(lambda params, dataset: losses(params, dataset).astype(dtype))
+
+    def per_sample_loss(params: Params, dataset: Dataset) -> jax.Array:
+        # In the dtype it is called with: the loss at w* is measured in float64 whatever the dtype of the sampling.
+        return losses(params, dataset).astype(jax.tree.leaves(params)[0].dtype)
+
+    return Objective(per_sample_loss)
 
 
 _losses = jax.jit(per_sample_losses, static_argnums=0)

@@ -75,6 +75,25 @@ def test_linear_regression_by_hmc_in_float64_whatever_jax_is_set_to():
     assert result.diagnosis.init_loss == pytest.approx(float(mean_loss(star(), DATA)), rel=1e-12)
 
 
+def test_the_loss_at_star_is_of_float64():
+    """Its rounding in float32 would be of the size of the posterior's losses; a loss of float32 alone is taken as it is."""
+
+    def far(params, batch):
+        return 1e4 + losses(params, batch)
+
+    def in_float32(params, batch):
+        return far(params, batch) + jax.lax.scan(lambda c, x: (c + x, None), jnp.float32(0), jnp.zeros(2))[0]
+
+    single = jax.tree.map(np.float32, star())
+    exact = float(
+        np.mean(far(jax.tree.map(np.float64, single), jax.tree.map(lambda x: np.float32(x).astype(np.float64), DATA)))
+    )
+    setting = SHORT | {"parameters": "b/*"}
+    assert lh.estimate_llc(far, single, DATA, **setting).diagnosis.init_loss == pytest.approx(exact, rel=1e-13)
+    with jax.enable_x64(False):
+        assert lh.estimate_llc(in_float32, single, DATA, **setting).diagnosis.init_loss == pytest.approx(exact, rel=1e-6)
+
+
 def test_masks():
     result = lh.estimate_llc(losses, star(), DATA, HmcSpec(num_burnin_steps=500), parameters="b/*", **EUCLIDEAN)
     assert_exact(result, truth(columns=slice(2, 4)))
@@ -83,7 +102,7 @@ def test_masks():
 
 def test_observables():
     small = (X[:50], Y[:50])
-    result = lh.estimate_llc(losses, star(), DATA, observables={"small": small}, **SHORT)
+    result = lh.estimate_llc(losses, star(), DATA, observables={"small": small}, **SHORT | {"num_steps_bw_draws": 1})
     assert list(result.diagnosis.llc_by_dataset) == [TRAIN, "small"]
     assert result.diagnosis.llc_by_dataset["small"].susceptibility is not None
     assert result.diagnosis.singular_fluctuation > 0

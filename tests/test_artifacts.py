@@ -13,7 +13,9 @@ from lambda_hat import artifacts, manifest
 from lambda_hat.arrays import pack_arrays
 from lambda_hat.manifest import diagnosis_address, run_address, sweep_address, target_address
 from lambda_hat.run import RunSpec
+from lambda_hat.samplers.sgld import SgldSpec
 from lambda_hat.store import Store
+from lambda_hat.targets.analytic import QuadraticSpec
 
 CHAINS, DRAWS = 2, 300
 
@@ -45,13 +47,13 @@ def sampled(store, spec, **fields):
 
 def test_observables_keep_the_order_of_the_run(store):
     """A manifest sorts its keys; the samples of `observed` lie in the order the run names their datasets in."""
-    spec = spec_of(observables=["train", "b", "a"])
+    spec = spec_of({"family": "digits"}, observables=["train", "test", "class_1"])
     steps = np.repeat([1.0, 20.0, 300.0], (3, 2, 4)) * np.ones((CHAINS, 20 + DRAWS, 1))
     sampled(store, spec, observed=steps)
     trace = artifacts.load_trace(store, spec)
-    assert list(trace.observables.items()) == [("train", 3), ("b", 2), ("a", 4)]
+    assert list(trace.observables.items()) == [("train", 3), ("test", 2), ("class_1", 4)]
     found = artifacts.diagnose_run(spec, store).summary["llc_by_dataset"]
-    assert {name: of["llc"] / spec.nbeta for name, of in found.items()} == pytest.approx({"train": 1, "b": 20, "a": 300})
+    assert {name: of["llc"] / spec.nbeta for name, of in found.items()} == pytest.approx({"train": 1, "test": 20, "class_1": 300})
 
 
 def test_a_masked_run_has_the_parameters_that_move(store):
@@ -112,3 +114,29 @@ def test_results_of_a_sweep_are_the_diagnoses(store):
     published = artifacts.publish_sweep([spec], store)
     (row,) = json.loads(store.read(published.address, "results.json"))
     assert row == {"target_id": spec.target_id, "run_id": spec.run_id} | found
+
+
+def test_runs_interrupted_apart_are_not_mixed_when_they_go_on_together(tmp_path):
+    """Both were in lane 0 of their own programs, and saved at the same draw."""
+    store = Store(str(tmp_path / "store"))
+    target = QuadraticSpec(dim=3)
+    sampler = SgldSpec(step_size=1e-3, num_draws=30, num_burnin_steps=20, num_steps_bw_draws=2)
+    specs = [RunSpec(target=target, sampler=sampler.model_copy(update={"seed": seed})) for seed in (1, 2)]
+    artifacts.build_target(target, store)
+
+    class Stop(Exception):
+        pass
+
+    def stop(*report):
+        raise Stop
+
+    for spec in specs:
+        with pytest.raises(Stop):
+            artifacts.sample_batch([spec], store, stop)
+    artifacts.sample_batch(specs, store)
+    apart = Store(str(tmp_path / "apart"))
+    artifacts.build_target(target, apart)
+    for spec in specs:
+        artifacts.sample_batch([spec], apart)
+        resumed, whole = (artifacts.load_trace(where, spec) for where in (store, apart))
+        np.testing.assert_array_equal(resumed.draws["loss_difference"], whole.draws["loss_difference"])

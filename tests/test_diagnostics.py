@@ -9,6 +9,7 @@ from typing import get_args
 import numpy as np
 import pytest
 from test_llc import CHAINS, DRAWS, NBETA, ar1, gaussian, iid, trace_of
+from test_observables import regression
 
 from lambda_hat.diagnostics import Diagnosis, diagnose
 from lambda_hat.run import RunSpec
@@ -22,7 +23,7 @@ METRICS = {"init_loss": 0.5, "num_params": DIM, "num_data": 1000, "true_llc": "1
 
 def spec_of(kind="hmc", draws=DRAWS, chains=CHAINS, burnin=0, target=None, localization=1.0, **sampler):
     fields = {"kind": kind, "num_chains": chains, "num_draws": draws, "num_steps_bw_draws": 1, **sampler}
-    fewest = 0 if kind == "sgld" else 100  # of steps that the others need to adapt in
+    fewest = {"sgld": 0, "sghmc": 400, "sgnht": 400}.get(kind, 100)  # of steps that they need to adapt in
     fields["num_burnin_steps"] = max(burnin * fields["num_steps_bw_draws"], fewest)
     posterior = {"nbeta": NBETA, "localization": localization}
     return RunSpec.from_dict(
@@ -145,6 +146,9 @@ CASES = {
     "loss below w*": loss_below,
     "poor approximation": heavy_tailed,
     "losses disagree": losses_disagree,
+    "temperature jumped": lambda: (spec_of("smc"), trace_of(iid(), is_divergent=1.0, log_normalizer=-iid())),
+    "noisy gradients": lambda: (spec_of("sghmc", friction=0.1), trace_of(iid(), noise_excess=np.full((CHAINS, DRAWS), 0.3))),
+    "steps too long": lambda: (spec_of("sghmc"), trace_of(iid(), acceptance_rate=0.7)),
     "rising trace": lambda: ramp(4.6, 5.4),
     "falling trace": lambda: ramp(5.4, 4.6),
     "over-localised": over_localised,
@@ -256,6 +260,73 @@ def test_remedies_name_fields_that_exist(sampler, target):
         assert field in type(owner).model_fields, f"{part}.{field}"
 
 
+def with_noise(excess):
+    """Some llc of 5, which minibatch noise raises by `excess`, by the trials of each draw."""
+    return trace_of(iid(), noise_excess=excess + 0.1 * np.random.default_rng(1).standard_normal((CHAINS, DRAWS)))
+
+
+def test_noise_that_does_not_matter():
+    assert verdicts(diagnose(spec_of("sgld"), with_noise(0.2), METRICS)) == []
+    assert verdicts(diagnose(spec_of("sgld"), with_noise(0.3), METRICS)) == ["noisy gradients"]
+    assert verdicts(diagnose(spec_of("sgnht"), with_noise(3.0), METRICS)) == []  # its thermostat takes it back
+
+
+@pytest.mark.parametrize(
+    ("fields", "ways"),
+    [
+        ({"batch_size": 100, "gradient": "plain"}, ["batch_size", "gradient", "step_size"]),
+        ({"batch_size": 100}, ["batch_size", "step_size"]),
+        ({"batch_size": 1000}, ["step_size"]),
+    ],
+)
+@pytest.mark.parametrize("step_size", [1e-4, "auto"])
+def test_remedies_of_noise_are_what_is_left_to_do(fields, ways, step_size):
+    found = diagnose(spec_of("sghmc", step_size=step_size, **fields), with_noise(1.0), METRICS)
+    assert re.findall(r"sampler\.(\w+)", found.remedy) == ways
+    assert ("the one found" in found.remedy) == (step_size == "auto")
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "rate", "verdict"),
+    [
+        ("sgld", {}, 0.81, "ok"),
+        ("sgld", {}, 0.79, "steps too long"),
+        ("sgld", {"integrator": "euler"}, 0.89, "steps too long"),
+        ("sgld", {"integrator": "euler"}, 0.91, "ok"),
+        ("sgld", {"preconditioner": "rmsprop"}, 0.81, "ok"),
+        ("sgld", {"preconditioner": "adam"}, 0.89, "steps too long"),
+        ("sghmc", {}, 0.81, "ok"),
+        ("sgnht", {}, 0.3, "steps too long"),
+        ("mala", {}, 0.45, "ok"),
+    ],
+)
+def test_acceptance_of_trials_has_limits_of_its_own(kind, fields, rate, verdict):
+    burnin = 100 if "preconditioner" in fields else 0
+    trace = trace_of(iid(shape=(CHAINS, burnin + DRAWS)), burnin, acceptance_rate=rate)
+    assert verdicts(diagnose(spec_of(kind, burnin=burnin, **fields), trace, METRICS)) == [verdict] * (verdict != "ok")
+
+
+def test_remedy_of_long_steps():
+    given, auto = (
+        diagnose(spec_of("sghmc", step_size=step_size), trace_of(iid(), acceptance_rate=0.5), METRICS).remedy
+        for step_size in (1e-4, "auto")
+    )
+    assert "lower sampler.step_size" in given
+    assert "num_burnin_steps" not in given
+    assert "raise sampler.num_burnin_steps" in auto
+
+
+def test_a_jump_of_the_temperature_leaves_no_free_energy():
+    spec, log_z = spec_of("smc"), np.full((CHAINS, DRAWS), -10.0)
+    assert diagnose(spec, trace_of(iid(), log_normalizer=log_z), METRICS).free_energy is not None
+    one = np.where(np.arange(CHAINS)[:, None] == 1, 1.0, 0.0)
+    jumped = diagnose(spec, trace_of(iid(), is_divergent=one, log_normalizer=log_z), METRICS)
+    assert (jumped.verdict, jumped.free_energy, jumped.free_energy_mcse) == ("temperature jumped", None, None)
+    assert "num_particles" in jumped.remedy
+    some = diagnose(spec, trace_of(iid(), is_divergent=0.5, log_normalizer=log_z), METRICS)  # half the particles fail
+    assert verdicts(some) == ["divergent steps"]
+
+
 def test_losses_of_batches_and_of_all_data_agree():
     """The full-data llc is of the draws at which it was evaluated; its error is larger, their difference's is not."""
     llc = iid()
@@ -278,7 +349,8 @@ def observed_run(**changes):
 
 
 def test_llc_by_dataset_and_susceptibilities():
-    spec, trace, llc = observed_run()
+    llc = iid()
+    spec, trace, llc = observed_run(full_difference=llc / NBETA)
     diagnosis = diagnose(spec, trace, METRICS)
     assert list(diagnosis.llc_by_dataset) == ["train", "test"]
     train, test = diagnosis.llc_by_dataset.values()
@@ -289,20 +361,44 @@ def test_llc_by_dataset_and_susceptibilities():
     assert train.sample_error == pytest.approx(
         NBETA * np.std(np.mean(trace.draws["observed"], axis=(0, 1))[:40], ddof=1) / 40**0.5
     )
-    # L_test = 2 phi and independent noise: -Cov[phi, L_test - phi] is -Var[llc] / nbeta^2 and the noise of the training mean.
-    expected = -5.0 / NBETA**2 + 0.01 / 40
-    assert test.susceptibility == pytest.approx(expected, abs=4 * test.susceptibility_mcse)
+    # L_test = 2 phi and independent noise.
+    assert test.susceptibility == pytest.approx(-5.0 / NBETA**2, abs=4 * test.susceptibility_mcse)
     # Nothing beyond the samples' own noise: nbeta/2 (0.1^2 + Var[llc] / nbeta^2).
     fluctuation = NBETA / 2 * (0.01 + 5.0 / NBETA**2)
     assert diagnosis.singular_fluctuation == pytest.approx(fluctuation, abs=4 * diagnosis.singular_fluctuation_mcse)
 
 
+@pytest.mark.parametrize("kind", ["sgld", "hmc"])
+def test_susceptibilities_are_to_the_loss_on_all_the_data(kind):
+    """Ten training samples of 60 are followed: their own variance is no part of chi, which is exact for a linear model."""
+    observed, exact, _ = regression()
+    of_all, of_part, of_test = np.full(60, 1 / 60), np.repeat([0.1, 0], [10, 50]), np.repeat([0, 0.05, 0], [10, 20, 30])
+    phi = observed @ of_all
+    fields = {"observed": observed[:, :, :30], "observables": {"train": 10, "test": 20}}
+    if kind == "sgld":  # its own losses are of minibatches, averaged over steps
+        evaluated = np.arange(phi.shape[1]) % 5 == 4
+        trace = trace_of(NBETA * phi.mean() + iid(shape=phi.shape), full_difference=np.where(evaluated, phi, np.nan), **fields)
+    else:
+        trace = trace_of(NBETA * phi, **fields)
+    found = diagnose(spec_of(kind, draws=phi.shape[1]), trace, METRICS).llc_by_dataset["test"]
+    chi = -of_all @ exact @ (of_test - of_all)
+    assert found.susceptibility == pytest.approx(chi, abs=4 * found.susceptibility_mcse)
+    # What the ten samples in place of all would give.
+    assert abs(-of_part @ exact @ (of_test - of_part) - chi) > 8 * found.susceptibility_mcse
+
+
+def test_no_susceptibilities_without_the_loss_of_the_draw_on_all_the_data():
+    _, trace, _ = observed_run()
+    for spec in (spec_of("sgld"), spec_of("hmc", num_steps_bw_draws=2), spec_of("smc")):
+        by_dataset = diagnose(spec, trace, METRICS).llc_by_dataset
+        assert [found.susceptibility for found in by_dataset.values()] == [None, None]
+    assert diagnose(spec_of("hmc"), trace, METRICS).llc_by_dataset["test"].susceptibility is not None
+
+
 def test_without_training_data_among_the_observables():
     spec, trace, _ = observed_run()
     renamed = Trace(trace.draws, 0, trace.seconds, {"odd": 40, "even": 20})
-    diagnosis = diagnose(spec, renamed, METRICS)
-    assert diagnosis.singular_fluctuation is None
-    assert [found.susceptibility for found in diagnosis.llc_by_dataset.values()] == [None, None]
+    assert diagnose(spec, renamed, METRICS).singular_fluctuation is None
 
 
 def test_nothing_recorded_gives_nothing():

@@ -16,7 +16,7 @@ from lambda_hat.trace import Trace
 NBETA, CHAINS, DRAWS = 100.0, 4, 1000
 
 
-def trace_of(llc, burnin=0, squared_distance=None, acceptance_rate=0.8, is_divergent=0.0, observables=None, **more):
+def trace_of(llc, burnin=0, squared_distance=None, acceptance_rate=0.9, is_divergent=0.0, observables=None, **more):
     """A trace of the given llc draws, (chains, draws), burn-in first; `more` are optional fields, of any trailing shape."""
     fields = {"acceptance_rate": acceptance_rate, "is_divergent": is_divergent, "work": 10.0}
     fields["squared_distance"] = 0.1 if squared_distance is None else squared_distance

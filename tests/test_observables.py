@@ -153,8 +153,22 @@ def test_recorded_is_without_burnin_lost_chains_and_gaps():
     assert found.dtype == np.float64
     assert observables.recorded(trace, "log_normalizer") is None
     assert observables.blocks(trace.observables) == {"train": slice(0, 2), "test": slice(2, 5)}
-    losses = observables.block_losses(trace)
+    losses = observables.block_losses(found, trace.observables)
     np.testing.assert_allclose(losses[:, :, 1], found[:, :, 2:].mean(axis=2))
-    np.testing.assert_allclose(observables.training_loss(trace), losses[:, :, 0])
     lost = trace_of(np.full((2, 12), np.nan), observed=observed[:2], observables={"train": 5})
-    assert observables.recorded(lost, "observed") is observables.block_losses(lost) is observables.training_loss(lost) is None
+    assert observables.recorded(lost, "observed") is None
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_chain_that_failed_in_a_field_is_left_out_of_it(value):
+    """It takes no draw from the others, which would leave the ones at which it was finite."""
+    full = np.where(np.arange(12) % 3 == 2, np.arange(12.0), np.nan) + np.zeros((CHAINS, 1))
+    full[2, 8] = value
+    observed = np.ones((CHAINS, 12, 5))
+    observed[0, 5, 3] = value
+    trace = trace_of(iid(shape=(CHAINS, 12)), burnin=4, full_difference=full, observed=observed, observables={"train": 5})
+    np.testing.assert_array_equal(observables.recorded(trace, "full_difference"), [[5.0, 8.0, 11.0]] * 3)
+    assert observables.recorded(trace, "observed").shape == (3, 8, 5)
+    both = observables.recorded_together(trace, "full_difference", "observed")
+    assert [field.shape for field in both] == [(2, 3), (2, 3, 5)]
+    np.testing.assert_array_equal(both[0], [[5.0, 8.0, 11.0]] * 2)

@@ -240,7 +240,7 @@ def log_normalizer(curvatures: np.ndarray, nbeta: float, localization: float) ->
 
 
 def test_smc_log_normalizer():
-    """Its exponential is unbiased, whatever the number of particles."""
+    """Its exponential is consistent; what the adaptation adds to that of fixed temperatures does not show here."""
     nbeta, localization = 150.0, 3.0
     exact, ratios = log_normalizer(CURVATURES, nbeta, localization), []
     for seed in range(6):
@@ -257,6 +257,21 @@ def test_smc_log_normalizer():
 def test_smc_says_when_it_ran_out_of_steps():
     trace = run(spec_of("smc", num_burnin_steps=20, num_draws=20), problem(1e6 * np.eye(4)), nbeta=1e6, localization=1e-4)
     assert (trace.posterior_draws("is_divergent") == 1).all()
+
+
+def test_smc_keeps_its_mass_matrix_at_a_jump():
+    """A particle or two have all the weight there, whose variances are nothing to move by."""
+    algorithm = spec_of("smc", num_burnin_steps=20).algorithm()
+    numbers = {name: jnp.float32(value) for name, value in spec_of("smc").numbers().items()}
+    params, dataset = problem(1e6 * np.eye(4))
+    selection = select(params, ["*"])
+    centre = make_centre(OBJECTIVE, params, dataset, "euclidean", selection, False)
+    posterior = make_posterior(OBJECTIVE, centre, selection, jnp.float32(1e6), jnp.float32(1e-4))
+    before = algorithm.init(jax.random.key(0), jnp.zeros(4, jnp.float32), posterior, numbers)
+    before = before._replace(inverse_mass_matrix=jnp.arange(1, 5, dtype=jnp.float32))
+    after, info = algorithm.step(jax.random.key(1), before, posterior, numbers, jnp.asarray(19))
+    assert (after.t, after.jumped, info.is_divergent) == (1, 1, 1)
+    np.testing.assert_array_equal(after.inverse_mass_matrix, before.inverse_mass_matrix)
 
 
 def test_vi_weights_give_the_normalizer():

@@ -124,6 +124,20 @@ def test_resuming_gives_the_same_bits(one_step_a_chunk):
         assert_equal(run(SPEC, resume=unfinished), whole)
 
 
+def test_progress_says_the_latest_loss(one_step_a_chunk, recwarn):
+    notes = []
+    spec = SPEC.model_copy(update={"learning_rate": 1e200, "optimizer": "sgd"})
+    with pytest.raises(FloatingPointError, match="diverged"):
+        train(spec, OBJECTIVE, *problem(), jax.random.key(0), lambda *report: notes.append(report[3]))
+    assert len(set(notes)) < len(notes)  # the last finite one stays
+    assert all("nan" not in note and "inf" not in note for note in notes)
+    data = problem()[1]._replace(samples={name: np.full_like(x, np.nan) for name, x in problem()[1].samples.items()})
+    with pytest.raises(FloatingPointError):
+        train(SPEC, OBJECTIVE, problem()[0], data, jax.random.key(0), lambda *report: notes.append(report[3]))
+    assert notes[-1] == "no finite loss"
+    assert not recwarn.list
+
+
 def test_a_state_of_another_program_is_ignored(one_step_a_chunk):
     saved = []
     run(SPEC, save=saved.append)

@@ -12,7 +12,7 @@ import pytest
 
 from lambda_hat.posterior import num_selected, select
 from lambda_hat.spec import InvalidInput
-from lambda_hat.target import Dataset
+from lambda_hat.target import Dataset, mean_loss_float64
 from lambda_hat.wrap import wrap, wrap_like
 
 RNG = np.random.default_rng(0)
@@ -158,6 +158,17 @@ def test_data_are_taken_in_the_dtype_of_params():
 def test_a_loss_in_a_lower_precision_is_taken_as_it_is():
     wrapped = wrap(lambda p, b: losses(p, b).astype(jnp.float32), {"a": STAR}, DATA)
     assert wrapped.objective.per_sample_loss(wrapped.params, wrapped.dataset).dtype == np.float64
+
+
+def test_a_loss_is_in_the_dtype_it_is_called_with():
+    """Parameters in float32 are measured in float64 all the same."""
+    single = {"a": STAR.astype(np.float32)}
+    wrapped = wrap(lambda p, b: 1e4 + losses(p, b), single, DATA)
+    assert wrapped.losses.dtype == np.float32
+    x, y = (np.asarray(array, np.float32).astype(np.float64) for array in DATA)
+    exact = np.mean(1e4 + 0.5 * np.square(x @ single["a"].astype(np.float64) - y))
+    assert mean_loss_float64(wrapped.objective, wrapped.params, wrapped.dataset) == pytest.approx(exact, rel=1e-14)
+    assert np.abs(np.mean(wrapped.losses, dtype=np.float64) / exact - 1) > 1e-10
 
 
 def test_observables_are_like_data():

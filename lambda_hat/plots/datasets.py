@@ -51,13 +51,12 @@ def plot_influence(spec: RunSpec, trace: Trace, diagnosis: Diagnosis) -> Figure 
     Blue: more weight on one lowers the expected loss of the other.
     """
     observed = observables.recorded(trace, "observed")
-    losses = observables.block_losses(trace)
-    if observed is None or losses is None or observed.shape[1] < 2:
+    if observed is None or observed.shape[1] < 2:
         return None
     names = list(trace.observables)
     stride = -(-observed.shape[2] // MAX_SAMPLES)
     among_samples = observables.influence(observed[:, :, ::stride]).values
-    among_datasets = observables.influence(losses)
+    among_datasets = observables.influence(observables.block_losses(observed, trace.observables))
     several = len(names) > 1
     fig = run_figure(spec, diagnosis, width=11 if several else 6, height=5.2)
     axes = fig.subplots(1, 2 if several else 1, squeeze=False)[0]

@@ -56,7 +56,8 @@ class SamplerSpec(Spec):
         raise TypeError(f"{type(self).__name__} has no algorithm")
 
     def fge(self, num_data: int) -> float:
-        """Work of the whole run, all chains and burn-in included, in full-data gradient equivalents."""
+        """Work of the whole run in full-data gradient equivalents: all chains and burn-in, but not what is evaluated for
+        observables and eval_every."""
         steps = (self.num_burnin_draws + self.num_draws) * self.num_steps_bw_draws
         return self.num_chains * steps * self.gradients_per_step(num_data)
 
@@ -65,7 +66,7 @@ class Info(NamedTuple):
     """What one step reports; each field a scalar per chain, in the chain's dtype.
 
     loss_difference: L(w) - L(w*), paired: on the whole data, or an unbiased estimate on the step's minibatch.
-    acceptance_rate: Metropolis acceptance probability (1 for samplers without one).
+    acceptance_rate: Metropolis acceptance probability; of trials, for samplers on minibatches; 1 for those without any.
     is_divergent: 1 where the step failed (non-finite state or energy error too large), else 0.
     work: full-data gradient equivalents (FGE) of the step.
     """

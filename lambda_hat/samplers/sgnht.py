@@ -18,8 +18,8 @@ from lambda_hat.samplers.trials import with_trials
 class SgnhtSpec(StochasticSpec):
     """Stochastic gradient Nose-Hoover thermostat: SGHMC whose friction adapts to the noise of its minibatches.
 
-    u <- u + s v,  v <- (1 - xi) v - s grad U(u) + N(0, 2 friction T),  s = sqrt(step_size),
-    xi <- xi + thermostat (|v|^2 / d - T),  T = 1 / (1 - xi/2),
+    u <- u + s v,  v <- (1 - xi) v - s grad U(u) + N(0, 2 a T),  s = sqrt(step_size),
+    xi <- xi + thermostat (|v|^2 / d - T),  T = 1 / (1 - xi/2),  a = friction (1 - friction/2),
 
     xi starting at friction. Minibatch noise heats v; xi then rises until the mean kinetic energy is right again. T is the
     variance of v at this point of the step, after the kick, when u has the posterior's. One xi cools all directions alike, so
@@ -59,7 +59,7 @@ def _build(minibatch: Minibatch, num_search_steps: int) -> Sampler:
         info, gradient = minibatch(batch_key, arrives, posterior)
         force = root / h * logdensity_gradient(gradient, arrives, posterior)
         temperature = 1 / (1 - jnp.clip(state.friction, 0, 1) / 2)
-        _, momentum, xi = sgnht(numbers["friction"] / h)(
+        _, momentum, xi = sgnht(numbers["friction"] * (1 - numbers["friction"] / 2) / h)(
             noise_key, state.position / (root / h), state.momentum, state.friction / h, force, h, temperature
         )
         return State(arrives, momentum, h * xi), info

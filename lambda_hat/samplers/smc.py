@@ -26,7 +26,8 @@ class SmcSpec(AdaptedSpec):
     exp(-t nbeta (L_n(w) - L_n(w*)) - localization/2 |u|^2) as t rises from 0 to 1, in each step of burn-in as far as leaves a
     share `target_ess` of them effective: reweighted, resampled, and moved by an HMC trajectory. What is left of burn-in and the
     draws are such moves at t = 1; a draw's loss is the particles' mean. The weights' means give log_normalizer,
-    log Z = log E[exp(-nbeta (L_n(w) - L_n(w*)))] over that Gaussian; the free energy is -log Z.
+    log Z = log E[exp(-nbeta (L_n(w) - L_n(w*)))] over that Gaussian, consistently as particles are added; the free energy is
+    -log Z.
 
     If burn-in ends before t = 1, its last step jumps there and this and all later steps count as divergent.
     """
@@ -115,7 +116,9 @@ def _build(num_particles: int, num_integration_steps: int, num_burnin_steps: int
 
         adapting = index < num_burnin_steps
         variances = weights @ jnp.square(particles - (weights @ particles)[None])
-        inverse_mass_matrix = jnp.where(adapting, variances, state.inverse_mass_matrix)
+        # After a jump a few particles have all the weight, whose variances are no scale to move in.
+        jumps = overdue & ~arrived
+        inverse_mass_matrix = jnp.where(adapting & ~jumps, variances, state.inverse_mass_matrix)
         u, values, gradients = particles[chosen], values[chosen], gradients[chosen]
         start = HMCState(u, jax.vmap(log_prior)(u) + t * values, -gamma * u + t * gradients)
         length = trajectory_length(index, num_integration_steps)
@@ -130,7 +133,7 @@ def _build(num_particles: int, num_integration_steps: int, num_burnin_steps: int
         excess = acceptance_rate - numbers["target_acceptance"]
         step_size = jnp.where(adapting, state.step_size * jnp.exp(excess), state.step_size)
         moves = jnp.where(rises, 0.0, state.moves) + acceptance_rate
-        jumped = jnp.maximum(state.jumped, (overdue & ~arrived).astype(t.dtype))
+        jumped = jnp.maximum(state.jumped, jumps.astype(t.dtype))
         log_likelihoods = jnp.where(t > 0, (moved.logdensity - jax.vmap(log_prior)(moved.position)) / t, values)
         difference = -jnp.mean(log_likelihoods) / posterior.nbeta
         failed = jnp.where(jnp.isfinite(difference), jnp.mean(info.is_divergent.astype(t.dtype)), 1.0)

@@ -6,14 +6,17 @@ suits all: the momenta of the other two have unit variance, and a step of fricti
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lambda_hat.posterior import Posterior
 from lambda_hat.samplers.base import Info, SamplerSpec, StepSize
+
+#: Fewest steps of burn-in in which a step size is found.
+MIN_SEARCH = 400
 
 
 class StochasticSpec(SamplerSpec):
@@ -28,6 +31,15 @@ class StochasticSpec(SamplerSpec):
         "control_variates", description="plain: the minibatch's; control_variates: less its own at w* plus all the data's there"
     )
     eval_every: int = Field(0, ge=0, description="evaluate the loss on all the data every so many draws; 0 = never")
+
+    @model_validator(mode="after")
+    def _searches(self) -> Self:
+        if self.step_size == "auto" and self.num_burnin_steps < MIN_SEARCH:
+            raise ValueError(
+                f"num_burnin_steps must be at least {MIN_SEARCH} with step_size=auto, which is searched in burn-in; "
+                f"got {self.num_burnin_steps}"
+            )
+        return self
 
     @property
     def num_search_steps(self) -> int:

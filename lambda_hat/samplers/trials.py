@@ -128,7 +128,7 @@ def with_trials(
         # Means since the restart.
         weight = 1 / jnp.maximum(index - restart + 1, 1).astype(here.dtype)
         rate = heat(numbers) * trial.noise_excess / state.step_size
-        noise_excess = state.noise_excess + weight * (rate - state.noise_excess)
+        noise_excess = state.noise_excess + jnp.where(jnp.isfinite(rate), weight * (rate - state.noise_excess), 0)
         llc = state.llc + weight * (posterior.nbeta * trial.info.loss_difference - state.llc)
         dual = dual_update(state.dual_averaging, trial.acceptance_rate)
         step_size = jnp.where(index == restart - 1, dual_final(dual), jnp.exp(dual.log_step_size))
@@ -165,8 +165,10 @@ def with_trials(
         )
 
     def shortest(states: State) -> State:
-        """Where some chains have reached steeper ground than others, all must be able to follow."""
-        return states._replace(step_size=jnp.full_like(states.step_size, jnp.min(states.step_size)))
+        """Where some chains have reached steeper ground than others, all must be able to follow; but not where one is lost."""
+        found = jnp.isfinite(states.step_size) & (states.step_size > 0)
+        shortest = jnp.min(jnp.where(found, states.step_size, jnp.inf))
+        return states._replace(step_size=jnp.where(jnp.isfinite(shortest), shortest, states.step_size))
 
     extras = ("step_size", "noise_excess", *sampler.extras)
     return Sampler(init, step, extras, (end, shortest) if end else None)
