@@ -22,6 +22,7 @@ is missed.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -110,12 +111,10 @@ def cases() -> Iterator[Case]:
                 {"nbeta": nbeta}, lambda _, value=value: (value, 0.0, "quadrature"), [NUTS | MANY, SGHMC],
             )  # fmt: skip
     for row in EXACT["tanh"]:
-        hidden, num_data = row["hidden"], 10_000
+        hidden, nbeta = row["hidden"], 10_000 / math.log(10_000)
         yield Case(
-            "tanh", f"{hidden} hidden", {"family": "tanh", "hidden": hidden, "data": {"n_data": num_data}}, {},
-            lambda _, hidden=hidden, nbeta=num_data / math.log(num_data): (
-                finite_tanh_llc(hidden, 1.0, nbeta, 1.0), 0.0, "quadrature"
-            ),
+            "tanh", f"{hidden} hidden", {"family": "tanh", "hidden": hidden, "data": {"n_data": 10_000}}, {},
+            lambda _, hidden=hidden, nbeta=nbeta: (finite_tanh_llc(hidden, 1.0, nbeta, 1.0), 0.0, "quadrature"),
             [NUTS | {"num_draws": 1000}, SGHMC],
         )  # fmt: skip
     for row in EXACT["deep_linear"]:
@@ -133,7 +132,7 @@ def cases() -> Iterator[Case]:
 
 
 def deep_linear_expected(results: Results, row: dict[str, Any], target: dict[str, Any]) -> tuple[float, float, str]:
-    """The rank's own part, a quadratic of r (H_1 + H_{L+1}) - r^2 directions, and a network of rank 0 of what it leaves over."""
+    """The rank's own part, a quadratic of r (H_1 + H_{L+1}) - r^2 directions, and of what it leaves over a net of rank 0."""
     widths, rank, exact = row["widths"], row["rank"], float(Fraction(row["llc"]))
     left = [width - rank for width in widths]
     regular = (rank * (widths[0] + widths[-1]) - rank**2) / 2
@@ -167,7 +166,7 @@ def two_layer_llc(widths: list[int], precision: float) -> float:
     # In order s_1 < ... < s_k, one after the other, so that memory is that of k - 1 dimensions.
     total = mean = 0.0
     grids = np.meshgrid(*[np.arange(len(s))] * (k - 1), indexing="ij") if k > 1 else []
-    ordered = [grid[np.all([a < b for a, b in zip(grids, grids[1:])], axis=0)] if k > 2 else grid.ravel() for grid in grids]
+    ordered = [grid[np.all([a < b for a, b in itertools.pairwise(grids)], axis=0)] if k > 2 else grid.ravel() for grid in grids]
     logs = sum((log_weight[i] for i in ordered), np.zeros(1))
     for a in range(k - 1):
         for b in range(a):
@@ -248,7 +247,8 @@ def rescaling(results: Results) -> list[list[str]]:
         off = math.inf if row["llc"] is None else row["llc"] / unscaled - 1
         bound = BOUNDS["rescaling"]
         lines.append([
-            "rescaling", f"layer 1 times {factor:g}", "sgld", with_error(row["llc"], row["mcse"]), f"{unscaled:.4g}", "unscaled",
+            "rescaling", f"layer 1 times {factor:g}", "sgld", with_error(row["llc"], row["mcse"]),
+            f"{unscaled:.4g}", "unscaled",
             f"{off:+.1%}", f"{(row['mcse'] or math.nan) / unscaled:.1%}", f"{bound:.0%}", row["verdict"],
             f"{row['seconds']:.0f}", "held" if abs(off) <= bound else "MISSED",
         ])  # fmt: skip

@@ -4,14 +4,15 @@ Both sides sample the same ReLU network 32-64-64-64-1 (n = 20,000, batch 256, 4 
 and number of steps, a loss recorded every 10 steps), alternately in one run; then ours alone a network of a million
 parameters. Next to each measurement the peak is measured: the best rate of a large float32 matrix product, by JAX or NumPy.
 
-chain-steps/s: SGLD steps of all chains per second of wall time, ours of the whole second call (its compilation is cached, all
-else is included), devinterp's without its start: by the difference between a whole run and half of one, which favours it.
+chain-steps/s: SGLD steps of all chains per second of wall time, the best of the rounds. Ours of a whole call whose program was
+compiled before; devinterp's of a call after a short first one, less, with several processes, the time of a run of a single
+draw, in which each of them starts and imports torch.
 share of peak: the floating-point operations of a step's matrix products - forward, weight gradients, input gradients but
 the first layer's - times chain-steps/s, divided by the peak.
 
 devinterp runs in a virtual environment of its own, made on the first call (--peer-env); its variants are DataLoader, as its
-documentation has it, in one process or in as many as there are cores, and "tensors", a loader written here to spare it
-DataLoader's work per sample. The bound is against the fastest with DataLoader.
+documentation has it, in one process or in as many as there are cores, and "tensors", a loader written here to spare it the
+work that DataLoader has with each sample. The bound is against the fastest with DataLoader.
 
 On a GPU the same script measures ours alone (--no-peer is implied): `pip install -e .[cuda]`, then the same command. There 64
 settings of the small network in one batched program must take at most twice the time of one.

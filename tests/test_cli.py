@@ -32,7 +32,7 @@ STEP = 1.2345678901234e-07
 SPECS = [
     RunSpec(target=BOWL, sampler=SgldSpec(batch_size=64, num_burnin_steps=50, num_steps_bw_draws=1, step_size=STEP, **SHORT)),
     RunSpec(target=BOWL, sampler=HmcSpec(num_burnin_steps=50, **SHORT), posterior=PosteriorSpec(nbeta=40)),
-    RunSpec(target=LINEAR, sampler=SgldSpec(batch_size=64, num_burnin_steps=50, num_steps_bw_draws=1, **SHORT)),
+    RunSpec(target=LINEAR, sampler=SgldSpec(batch_size=64, num_burnin_steps=50, num_steps_bw_draws=1, step_size=1e-3, **SHORT)),
 ]
 #: Sampled, but not diagnosed.
 RAW = RunSpec(target=BOWL, sampler=SPECS[0].sampler.model_copy(update={"seed": 5}))

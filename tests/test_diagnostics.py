@@ -23,7 +23,7 @@ METRICS = {"init_loss": 0.5, "num_params": DIM, "num_data": 1000, "true_llc": "1
 
 def spec_of(kind="hmc", draws=DRAWS, chains=CHAINS, burnin=0, target=None, localization=1.0, **sampler):
     fields = {"kind": kind, "num_chains": chains, "num_draws": draws, "num_steps_bw_draws": 1, **sampler}
-    fewest = {"sgld": 0, "sghmc": 400, "sgnht": 400}.get(kind, 100)  # of steps that they need to adapt in
+    fewest = 400  # of steps that some need to adapt in
     fields["num_burnin_steps"] = max(burnin * fields["num_steps_bw_draws"], fewest)
     posterior = {"nbeta": NBETA, "localization": localization}
     return RunSpec.from_dict(

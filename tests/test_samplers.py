@@ -262,13 +262,13 @@ def test_smc_says_when_it_ran_out_of_steps():
 def test_smc_keeps_its_mass_matrix_at_a_jump():
     """A particle or two have all the weight there, whose variances are nothing to move by."""
     algorithm = spec_of("smc", num_burnin_steps=20).algorithm()
-    numbers = {name: jnp.float32(value) for name, value in spec_of("smc").numbers().items()}
-    params, dataset = problem(1e6 * np.eye(4))
+    numbers = {name: jnp.float64(value) for name, value in spec_of("smc").numbers().items()}
+    params, dataset = problem(1e6 * np.eye(4), dtype="float64")
     selection = select(params, ["*"])
     centre = make_centre(OBJECTIVE, params, dataset, "euclidean", selection, False)
-    posterior = make_posterior(OBJECTIVE, centre, selection, jnp.float32(1e6), jnp.float32(1e-4))
-    before = algorithm.init(jax.random.key(0), jnp.zeros(4, jnp.float32), posterior, numbers)
-    before = before._replace(inverse_mass_matrix=jnp.arange(1, 5, dtype=jnp.float32))
+    posterior = make_posterior(OBJECTIVE, centre, selection, jnp.float64(1e6), jnp.float64(1e-4))
+    before = algorithm.init(jax.random.key(0), jnp.zeros(4, jnp.float64), posterior, numbers)
+    before = before._replace(inverse_mass_matrix=jnp.arange(1, 5, dtype=jnp.float64))
     after, info = algorithm.step(jax.random.key(1), before, posterior, numbers, jnp.asarray(19))
     assert (after.t, after.jumped, info.is_divergent) == (1, 1, 1)
     np.testing.assert_array_equal(after.inverse_mass_matrix, before.inverse_mass_matrix)

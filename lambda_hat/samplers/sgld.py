@@ -32,7 +32,7 @@ class SgldSpec(StochasticSpec):
     v_t = beta2 v_{t-1} + (1-beta2) g^2 of the loss gradient alone, v_0 = 1, bias-corrected by 1/(1-beta2^t); adam also
     drifts along m_t = beta1 m_{t-1} + (1-beta1) g, m_0 = 0, corrected by 1/(1-beta1^t), in place of g (arXiv 2507.21449,
     App. D.3).
-    v is adapted during burn-in (the first half of it with step_size = "auto") and then frozen: a v that follows the chain
+    v is adapted during burn-in (the first quarter of it with step_size = "auto") and then frozen: a v that follows the chain
     shortens the steps where gradients are large, so that the chain lingers there and the llc comes out too high (by a quarter
     on a quadratic).
     """
@@ -60,7 +60,7 @@ class SgldSpec(StochasticSpec):
         return self
 
     def algorithm(self) -> Sampler:
-        adaptation = 0 if self.preconditioner == "none" else self.num_burnin_steps - self.num_search_steps // 2
+        adaptation = 0 if self.preconditioner == "none" else self.num_burnin_steps - self.num_search_steps * 3 // 4
         return _build(self.minibatch(), self.preconditioner, self.integrator, adaptation, self.num_search_steps)
 
 

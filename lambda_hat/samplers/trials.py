@@ -25,16 +25,20 @@ FIRST_STEP = 1e-2
 #: Steps between two trials after burn-in, so that watching costs a few hundredths of the work.
 WATCH_EVERY = 100
 
+#: The same in the second half of burn-in, where the step size follows the chain: losses of singular models are flat at w* and
+#: steeper where the posterior is, and chains get there only now.
+FOLLOW_EVERY = 10
+
 
 class State(NamedTuple):
-    """inner: the sampler's own state. step_size: the one in use. acceptance_rate, noise_excess: of the last trial, or in the
-    search their means (the excess per unit of step size). llc: its mean in the search. dual_averaging: BlackJAX's search,
-    or ()."""
+    """inner: the sampler's own state. step_size: the one in use. acceptance_rate, noise_excess: of the last trial. noise, llc:
+    means in burn-in, of the excess per unit of step size and of the llc. dual_averaging: BlackJAX's search, or ()."""
 
     inner: Any
     step_size: jax.Array
     acceptance_rate: jax.Array
     noise_excess: jax.Array
+    noise: jax.Array
     llc: jax.Array
     dual_averaging: Any
 
@@ -92,13 +96,14 @@ def with_trials(
     heat: Callable[[dict], jax.Array | float] = lambda numbers: 1.0,
     shorter: Callable[[dict], jax.Array | float] = lambda numbers: 1.0,
 ) -> Sampler:
-    """The sampler watched by trials, and its step size searched in the first three quarters of `num_search_steps`.
+    """The sampler watched by trials, and its step size searched in the first half of `num_search_steps`.
 
     In the search a chain makes Langevin steps of its own, each accepted or refused by Metropolis on the minibatch of the step,
     so that steps much too long do no harm; dual averaging (Nesterov 2009; Hoffman & Gelman 2014) drives the acceptance
-    probability to `TARGET_ACCEPTANCE`. It starts anew at half of `num_search_steps`, when preconditioners are frozen. In the
-    last quarter the sampler itself runs, with the shortest step that any chain of the run found, or a shorter one still, at
-    which the noise of minibatches raises the llc by `MAX_EXCESS` of it.
+    probability to `TARGET_ACCEPTANCE`. It starts anew at a quarter of `num_search_steps`, when preconditioners are frozen. In
+    the second half the sampler itself runs, and where it gets to trials go on correcting the step (Robbins & Monro 1951).
+    After it all chains have the shortest step that any of them found. The noise of minibatches may raise the llc by
+    `MAX_EXCESS` of it: where it would by more, the step is shorter.
 
     Args:
       num_search_steps: the steps of burn-in for "auto", else 0.
@@ -110,14 +115,28 @@ def with_trials(
     from blackjax.adaptation.step_size import dual_averaging_adaptation  # starts JAX's backend, which the settings choose
 
     dual_init, dual_update, dual_final = dual_averaging_adaptation(TARGET_ACCEPTANCE)
-    restart, end = num_search_steps // 2, num_search_steps * 3 // 4
+    restart, end = num_search_steps // 4, num_search_steps // 2
 
     def init(rng_key: jax.Array, position: jax.Array, posterior: Posterior, numbers: dict) -> State:
         first = (FIRST_STEP / posterior.nbeta).astype(position.dtype)
         step_size = numbers.get("step_size", first)
         inner = sampler.init(rng_key, position, posterior, numbers | {"step_size": step_size})
         zero = jnp.zeros((), position.dtype)
-        return State(inner, step_size, zero + 1, zero, zero, dual_init(step_size) if end else ())
+        return State(inner, step_size, zero + 1, zero, zero, zero, dual_init(step_size) if end else ())
+
+    def quiet(noise: jax.Array, llc: jax.Array) -> jax.Array:
+        """The step at which the noise of minibatches raises the llc by `MAX_EXCESS` of it."""
+        return jnp.where((llc > 0) & (noise > 0), MAX_EXCESS * llc / noise, jnp.inf)
+
+    def averaged(
+        state: State, trial: Trial, step_size: jax.Array, posterior: Posterior, numbers: dict, weight: jax.Array
+    ) -> State:
+        """The last trial's numbers, and the means with its share in them."""
+        excess = heat(numbers) * trial.noise_excess
+        rate, llc = excess / step_size, posterior.nbeta * trial.info.loss_difference
+        noise = state.noise + jnp.where(jnp.isfinite(rate), weight * (rate - state.noise), 0)
+        llc = state.llc + jnp.where(jnp.isfinite(llc), weight * (llc - state.llc), 0)
+        return state._replace(acceptance_rate=trial.acceptance_rate, noise_excess=excess, noise=noise, llc=llc)
 
     def search(rng_key: jax.Array, state: State, posterior: Posterior, numbers: dict, index: jax.Array) -> tuple[State, Info]:
         trial_key, accept_key = jax.random.split(rng_key)
@@ -127,33 +146,38 @@ def with_trials(
         accepted = jax.random.uniform(accept_key, (), here.dtype) < trial.acceptance_rate
         # Means since the restart.
         weight = 1 / jnp.maximum(index - restart + 1, 1).astype(here.dtype)
-        rate = heat(numbers) * trial.noise_excess / state.step_size
-        noise_excess = state.noise_excess + jnp.where(jnp.isfinite(rate), weight * (rate - state.noise_excess), 0)
-        llc = state.llc + weight * (posterior.nbeta * trial.info.loss_difference - state.llc)
+        state = averaged(state, trial, state.step_size, posterior, numbers, weight)
         dual = dual_update(state.dual_averaging, trial.acceptance_rate)
         step_size = jnp.where(index == restart - 1, dual_final(dual), jnp.exp(dual.log_step_size))
         anew = dual_init(step_size)
         dual = jax.tree.map(lambda new, old: jnp.where(index == restart - 1, new, old).astype(old.dtype), anew, dual)
-        quiet = jnp.where((llc > 0) & (noise_excess > 0), MAX_EXCESS * llc / noise_excess, jnp.inf)
-        found = shorter(numbers) * jnp.minimum(dual_final(dual), quiet)
+        found = shorter(numbers) * jnp.minimum(dual_final(dual), quiet(state.noise, state.llc))
         step_size = jnp.where(index == end - 1, found, step_size).astype(here.dtype)
         inner = inner._replace(position=jnp.where(accepted, trial.position, here))
         info = trial.info._replace(acceptance_rate=trial.acceptance_rate)
-        return State(inner, step_size, trial.acceptance_rate, noise_excess, llc, dual), info
+        return state._replace(inner=inner, step_size=step_size, dual_averaging=dual), info
 
     def run(rng_key: jax.Array, state: State, posterior: Posterior, numbers: dict, index: jax.Array) -> tuple[State, Info]:
-        def watched() -> tuple[jax.Array, jax.Array, jax.Array]:
-            step_size = state.step_size * scale(state.inner, numbers, index)
+        follows = index < num_search_steps
+
+        def watched() -> tuple[State, jax.Array]:
+            tried = state.step_size / jnp.where(follows, shorter(numbers), 1)  # of Langevin's, as in the search
+            step_size = tried * scale(state.inner, numbers, index)
             trial = attempt(jax.random.fold_in(rng_key, 1), state.position, step_size, minibatch, posterior)
-            return trial.acceptance_rate, heat(numbers) * trial.noise_excess, trial.info.work
+            gain = 1 / jnp.sqrt(1 + jnp.maximum(index - end, 0) // FOLLOW_EVERY).astype(tried.dtype)
+            new = averaged(state, trial, tried, posterior, numbers, gain)
+            found = state.step_size * jnp.exp(gain * (trial.acceptance_rate - TARGET_ACCEPTANCE) / 2)
+            found = jnp.minimum(found, shorter(numbers) * quiet(new.noise, new.llc))
+            step_size = jnp.where(follows, found, state.step_size).astype(state.step_size.dtype)
+            return new._replace(step_size=step_size), trial.info.work
 
-        def unwatched() -> tuple[jax.Array, jax.Array, jax.Array]:
-            return state.acceptance_rate, state.noise_excess, jnp.zeros((), state.acceptance_rate.dtype)
+        def unwatched() -> tuple[State, jax.Array]:
+            return state, jnp.zeros((), state.acceptance_rate.dtype)
 
-        rate, excess, work = jax.lax.cond((index % WATCH_EVERY == 0) | (index == end), watched, unwatched)
+        every = jnp.where(follows, FOLLOW_EVERY, WATCH_EVERY)
+        state, work = jax.lax.cond((index % every == 0) | (index == end), watched, unwatched)
         inner, info = sampler.step(rng_key, state.inner, posterior, numbers | {"step_size": state.step_size}, index)
-        state = state._replace(inner=inner, acceptance_rate=rate, noise_excess=excess)
-        return state, info._replace(acceptance_rate=rate, work=info.work + work)
+        return state._replace(inner=inner), info._replace(acceptance_rate=state.acceptance_rate, work=info.work + work)
 
     def step(rng_key: jax.Array, state: State, posterior: Posterior, numbers: dict, index: jax.Array) -> tuple[State, Info]:
         if not end:
@@ -171,4 +195,4 @@ def with_trials(
         return states._replace(step_size=jnp.where(jnp.isfinite(shortest), shortest, states.step_size))
 
     extras = ("step_size", "noise_excess", *sampler.extras)
-    return Sampler(init, step, extras, (end, shortest) if end else None)
+    return Sampler(init, step, extras, (num_search_steps, shortest) if end else None)
