@@ -33,8 +33,8 @@ clean:
 	rm -rf .venv lambda_hat_store
 
 # The figures of docs/benchmarks.md.
-.PHONY: bench bench-accuracy bench-speed
-bench: bench-accuracy bench-speed
+.PHONY: bench bench-accuracy bench-speed bench-memory
+bench: bench-accuracy bench-speed bench-memory
 	$(BIN)/python benchmarks/sweep_overhead.py
 
 bench-accuracy: .venv/installed
@@ -44,3 +44,6 @@ bench-accuracy: .venv/installed
 # Installs devinterp and PyTorch in an environment of their own.
 bench-speed: .venv/installed
 	$(BIN)/python benchmarks/speed.py $(ARGS)
+
+bench-memory: .venv/installed
+	$(BIN)/python benchmarks/memory.py $(ARGS)

@@ -169,13 +169,19 @@ def reduce_chunks(function: Callable[[Dataset, jax.Array], Any], dataset: Datase
     if n <= size:
         return function(dataset, losses)
     whole = n // size * size
-    parts = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), (dataset.samples, losses))
-    body = jax.checkpoint(lambda part: function(Dataset(part[0], dataset.constants), part[1]))
-    results = jax.lax.map(body, parts)
+
+    @jax.checkpoint
+    def of_part(samples: Any, own_losses: jax.Array) -> Any:
+        return function(Dataset(samples, dataset.constants), own_losses)
+
+    def of_chunk(start: jax.Array) -> Any:
+        # Sliced one by one: the data cut into chunks beforehand would be a copy of them.
+        return of_part(*jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), (dataset.samples, losses)))
+
+    results = jax.lax.map(of_chunk, jnp.arange(0, whole, size))
     if whole == n:
         return combine(results, None)
-    rest = jax.tree.map(lambda x: x[whole:], (dataset.samples, losses))
-    return combine(results, body(rest))
+    return combine(results, of_part(*jax.tree.map(lambda x: x[whole:], (dataset.samples, losses))))
 
 
 def per_sample_losses(objective: Objective, params: Params, dataset: Dataset) -> jax.Array:
