@@ -71,6 +71,8 @@ ORDER = 0.95
 SAMPLER = {"kind": "sghmc", "friction": 0.1, "gradient": "plain", "batch_size": 500}
 #: Recorded draws, burn-in included.
 DRAWS = 1000
+#: Of the published chains of 100K and 1M, out of reach of two cores in an hour.
+PUBLISHED_STEPS = 50_000
 #: Samples held at most: a million of a thousand inputs would take 4 GB. nbeta is that of the class's n whatever is held, and
 #: the exact llc holds for any data that span the inputs.
 HELD = 100_000
@@ -229,6 +231,12 @@ def main() -> int:
         "seconds",
     ]
     print("\n" + table([*columns, "published: error, order"], lines))
+    if short := [name for name in options.classes if CLASSES[name].num_data > HELD and options.steps is None]:
+        print(
+            f"\nTwo cores cannot do {PUBLISHED_STEPS} steps of {', '.join(short)} in an hour; here are fewer. "
+            "As published, on a GPU:\n"
+            f"  python benchmarks/deep_linear.py --classes {' '.join(short)} --steps {PUBLISHED_STEPS}"
+        )
     if options.figure:
         options.figure.write_bytes(save_png(plot(by_class)))
     if options.json:

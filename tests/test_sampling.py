@@ -57,7 +57,7 @@ def test_resumed_is_uninterrupted(case, kill_at, monkeypatch):
 
 
 def test_burnin_is_whole_draws_and_kept_apart():
-    spec = spec_of("sgld", num_draws=30, num_burnin_steps=41, num_steps_bw_draws=20)
+    spec = spec_of("sgld", step_size=1e-5, num_draws=30, num_burnin_steps=41, num_steps_bw_draws=20)
     trace = _sample(spec)
     assert trace.num_burnin_draws == 3
     assert trace.draws["loss_difference"].shape == (4, 33)
