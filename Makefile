@@ -38,8 +38,8 @@ bench: bench-accuracy bench-speed bench-memory
 	$(BIN)/python benchmarks/sweep_overhead.py
 
 bench-accuracy: .venv/installed
-	$(BIN)/python benchmarks/accuracy.py $(ARGS)
-	$(BIN)/python benchmarks/deep_linear.py $(ARGS)
+	$(BIN)/python benchmarks/accuracy.py
+	$(BIN)/python benchmarks/deep_linear.py
 
 # Installs devinterp and PyTorch in an environment of their own.
 bench-speed: .venv/installed
