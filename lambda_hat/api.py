@@ -17,7 +17,6 @@ from tqdm import tqdm
 from lambda_hat.chunks import Progress
 from lambda_hat.diagnostics import Diagnosis, diagnose
 from lambda_hat.llc import to_arviz
-from lambda_hat.observables import TRAIN
 from lambda_hat.plan import CLASSES
 from lambda_hat.plots import RUN_PLOTS, TARGET_PLOTS
 from lambda_hat.posterior import num_selected, select
@@ -26,7 +25,7 @@ from lambda_hat.samplers import SamplerSpec
 from lambda_hat.sampling import Run, sample_runs
 from lambda_hat.settings import explain, nearest
 from lambda_hat.spec import InvalidInput
-from lambda_hat.target import DataSpec, TargetSpec, mean_loss_float64
+from lambda_hat.target import TRAIN, DataSpec, TargetSpec, mean_loss_float64
 from lambda_hat.text import with_error
 from lambda_hat.trace import Trace
 from lambda_hat.wrap import LossFn, Wrapped, wrap, wrap_like

@@ -49,8 +49,8 @@ def build_target(spec: TargetSpec, store: Store, progress: Progress = no_progres
         store.clear_checkpoint(address)
         return manifest
     target = spec.build(
-        progress, _load_unfinished(store, address),
-        lambda unfinished: store.save_checkpoint(address, _pack_unfinished(unfinished)),
+        progress, _load_training(store, address),
+        lambda unfinished: store.save_checkpoint(address, _pack_checkpoint(unfinished)),
     )  # fmt: skip
     arrays = {
         "params": flatten(target.params_star),
@@ -120,7 +120,7 @@ def sample_batch(specs: Sequence[RunSpec], store: Store, progress: Progress = no
 
 def _publish_run(spec: RunSpec, trace: Trace, store: Store) -> Manifest:
     summary = {
-        "fge": float(np.sum(trace.draws["work"], dtype=np.float64)), "seconds": trace.seconds, "nbeta": spec.nbeta,
+        "fge": trace.fge, "seconds": trace.seconds, "nbeta": spec.nbeta,
         "observables": trace.observables, "made_with": _made_with(),
     }  # fmt: skip
     address = run_address(spec.target_id, spec.run_id)
@@ -276,38 +276,39 @@ def _made_with() -> dict[str, str]:
     return {"jax": jax.__version__, "blackjax": version("blackjax"), "backend": jax.default_backend()}
 
 
-def _pack_checkpoint(checkpoint: Checkpoint) -> bytes:
-    leaves = {str(index): leaf for index, leaf in enumerate(checkpoint.leaves)}
-    return pack_arrays(flatten(checkpoint._asdict() | {"leaves": leaves}))
+def _pack_checkpoint(work: Checkpoint | Unfinished) -> bytes:
+    """Work cut short, its leaves under their numbers."""
+    groups = work._asdict()
+    return pack_arrays(flatten(groups | {"leaves": {str(index): leaf for index, leaf in enumerate(work.leaves)}}))
 
 
-def _load_checkpoint(store: Store, address: Address) -> Checkpoint | None:
+def _load_groups(store: Store, address: Address) -> dict[str, Any] | None:
+    """The fields of what `_pack_checkpoint` was given, numbers and texts as arrays; None where nothing is saved."""
     content = store.load_checkpoint(address)
     if content is None:
         return None
     groups = unflatten(unpack_arrays(content))
-    leaves = [groups["leaves"][str(index)] for index in range(len(groups["leaves"]))]
+    return groups | {"leaves": [groups["leaves"][str(index)] for index in range(len(groups["leaves"]))]}
+
+
+def _load_checkpoint(store: Store, address: Address) -> Checkpoint | None:
+    groups = _load_groups(store, address)
+    if groups is None:
+        return None
     seconds = {name: float(value) for name, value in groups["seconds"].items()}
-    lane, num_lanes, num_parts = (int(groups[name]) for name in ("lane", "num_lanes", "num_parts"))
-    return Checkpoint(leaves, groups["draws"], seconds, lane, num_lanes, num_parts, tuple(groups["observables"].tolist()))
+    numbers = {name: int(groups[name]) for name in ("lane", "num_lanes", "num_parts")}
+    return Checkpoint(groups["leaves"], groups["draws"], seconds, **numbers, observables=tuple(groups["observables"].tolist()))
+
+
+def _load_training(store: Store, address: Address) -> Unfinished | None:
+    groups = _load_groups(store, address)
+    if groups is None:
+        return None
+    # Its keys are parts of the arrays' names, and an empty one leaves none.
+    checkpoints = {int(step): params for step, params in groups.get("checkpoints", {}).items()}
+    return Unfinished(int(groups["step"]), groups["leaves"], checkpoints)
 
 
 def _checkpoint_name(step: int) -> str:
     """Of a training checkpoint's file: each is read alone."""
     return f"params-{step}"
-
-
-def _pack_unfinished(unfinished: Unfinished) -> bytes:
-    leaves = {str(index): leaf for index, leaf in enumerate(unfinished.leaves)}
-    checkpoints = {str(step): params for step, params in unfinished.checkpoints.items()}
-    return pack_arrays(flatten({"step": unfinished.step, "leaf": leaves, "checkpoints": checkpoints}))
-
-
-def _load_unfinished(store: Store, address: Address) -> Unfinished | None:
-    content = store.load_checkpoint(address)
-    if content is None:
-        return None
-    groups = unflatten(unpack_arrays(content))
-    leaves = [groups["leaf"][str(index)] for index in range(len(groups["leaf"]))]
-    checkpoints = {int(step): params for step, params in groups.get("checkpoints", {}).items()}
-    return Unfinished(int(groups["step"]), leaves, checkpoints)

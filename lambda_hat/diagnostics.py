@@ -26,6 +26,7 @@ from lambda_hat.llc import (
 from lambda_hat.observables import Measure
 from lambda_hat.remedies import remedies_for
 from lambda_hat.run import RunSpec
+from lambda_hat.target import TRAIN
 from lambda_hat.trace import Trace
 
 #: Of the steps after burn-in. A few are an integrator's bad luck; from about here on whole regions of the posterior are missed.
@@ -163,7 +164,6 @@ def diagnose(spec: RunSpec, trace: Trace, target_metrics: Mapping[str, Any]) -> 
     true_text = target_metrics.get("true_llc")
     true_llc = None if true_text is None else float(Fraction(true_text))
     seconds = trace.seconds["sampling"]
-    fge = float(np.nansum(trace.draws["work"], dtype=np.float64))
     numbers = Diagnosis(
         **dict(pooled),
         llc_per_chain=tuple(chain.llc for chain in chains),
@@ -184,12 +184,12 @@ def diagnose(spec: RunSpec, trace: Trace, target_metrics: Mapping[str, Any]) -> 
         num_params=target_metrics["num_params"],
         num_data=target_metrics["num_data"],
         nbeta=spec.nbeta,
-        fge=fge,
+        fge=trace.fge,
         seconds=seconds,
         compile_seconds=trace.seconds["compile"],
-        ess_per_fge=_ratio(pooled.ess_bulk, fge),
+        ess_per_fge=_ratio(pooled.ess_bulk, trace.fge),
         ess_per_second=_ratio(pooled.ess_bulk, seconds),
-        work_normalized_variance=None if pooled.mcse is None else pooled.mcse**2 * fge,
+        work_normalized_variance=None if pooled.mcse is None else pooled.mcse**2 * trace.fge,
         verdict="ok",
         remedy="",
         findings=(),
@@ -213,7 +213,7 @@ def _beyond_llc(spec: RunSpec, trace: Trace, pooled: Estimate, init_loss: float 
         if log_normalizer is not None and not _jumped(spec, trace):
             found["free_energy"] = observables.free_energy(log_normalizer[:, -1], nbeta, init_loss)
     observed = observables.recorded(trace, "observed")
-    part = observables.blocks(trace.observables).get(observables.TRAIN)
+    part = observables.blocks(trace.observables).get(TRAIN)
     if observed is not None and part is not None:
         found["singular_fluctuation"] = observables.singular_fluctuation(observed[:, :, part], nbeta, num_data)
     fields: dict[str, float | None] = {}
@@ -233,11 +233,7 @@ def _by_dataset(spec: RunSpec, trace: Trace) -> dict[str, DatasetEstimate]:
         by_sample = spec.nbeta * np.mean(observed[:, :, part], axis=(0, 1))
         llc = observables.scaled_mean(losses[:, :, index], spec.nbeta)
         # That of the training data to themselves is zero by definition.
-        chi = (
-            [_finite(values[index]) for values in response]
-            if response is not None and name != observables.TRAIN
-            else [None] * 2
-        )
+        chi = [_finite(values[index]) for values in response] if response is not None and name != TRAIN else [None] * 2
         estimates[name] = DatasetEstimate(
             num_samples=len(by_sample),
             llc=llc.value,

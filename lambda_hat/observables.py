@@ -17,9 +17,6 @@ import numpy as np
 from lambda_hat.llc import finite_chains, mcse
 from lambda_hat.trace import Trace
 
-#: The observable that is a part of the training data: evenly spaced samples, unless the target has one of its own.
-TRAIN = "train"
-
 #: Parts of a chain whose covariances are compared to find their error: each must be long against the autocorrelation.
 BATCHES = 4
 

@@ -86,6 +86,10 @@ class Centre(NamedTuple):
     losses: jax.Array
     gradient: jax.Array
 
+    def params(self, position: jax.Array, selection: Selection) -> Params:
+        """w at the offset u, (d,), of the selected parameters."""
+        return to_params(position, self.params_star, self.scales, selection)
+
 
 #: For each tensor of the parameters: None if it stays, else which part moves, as the text of a NumPy index ("" for all of it).
 Selection = tuple[str | None, ...]
@@ -194,6 +198,9 @@ def per_sample_losses(objective: Objective, params: Params, dataset: Dataset) ->
     )  # fmt: skip
 
 
+compiled_losses = jax.jit(per_sample_losses, static_argnums=0)
+
+
 def full_difference(objective: Objective, params: Params, centre: Centre) -> jax.Array:
     """L_n(w) - L_n(w*) on all the data, in bounded memory."""
     if objective.loss is not None:
@@ -215,23 +222,21 @@ def relative_scales(objective: Objective, params: Params, dataset: Dataset) -> l
     is multiplied by a, so a network whose layers are rescaled against each other has the same posterior of u.
     Where F is zero a tensor's unit is its rms; where that is zero too, 1.
     """
-    squares = jax.device_get(_mean_squares(objective, params, dataset))
-    fisher, rms2, sizes = (np.asarray([float(x) for x in values]) for values in squares)
-    informative = (fisher > 0) & (rms2 > 0) & np.isfinite(fisher)
+    fisher, rms2 = (np.asarray(values, np.float64) for values in jax.device_get(_mean_squares(objective, params, dataset)))
+    sizes = np.asarray([leaf.size for leaf in jax.tree.leaves(params)])
+    known = (fisher > 0) & np.isfinite(fisher)
+    informative = known & (rms2 > 0)
     scale2 = np.where(rms2 > 0, rms2, 1.0)
     if informative.any():
-        logs = np.log(rms2, where=informative, out=np.zeros_like(rms2))
-        logs += np.log(fisher, where=informative, out=np.zeros_like(rms2))
-        c = np.exp(np.sum(logs * sizes * informative) / np.sum(sizes * informative))
-        known = (fisher > 0) & np.isfinite(fisher)
-        scale2 = np.where(known, c / np.where(known, fisher, 1.0), scale2)
+        logs = np.log(rms2[informative]) + np.log(fisher[informative])
+        scale2[known] = np.exp(np.average(logs, weights=sizes[informative])) / fisher[known]
     dtype = jax.tree.leaves(params)[0].dtype
     return [np.asarray(value, dtype) for value in np.sqrt(scale2)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _mean_squares(objective: Objective, params: Params, dataset: Dataset) -> tuple[list, list, list]:
-    """For each tensor: the mean square of per-sample gradients, of w*, and its size; on evenly spaced samples."""
+def _mean_squares(objective: Objective, params: Params, dataset: Dataset) -> tuple[list, list]:
+    """For each tensor: the mean squares of per-sample gradients, on evenly spaced samples, and of w*."""
     count = min(dataset.num_data, METRIC_SAMPLES)
     indices = jnp.arange(count) * dataset.num_data // count
 
@@ -241,7 +246,7 @@ def _mean_squares(objective: Objective, params: Params, dataset: Dataset) -> tup
 
     leaves = jax.tree.leaves(params)
     fisher, _ = jax.lax.scan(add, [jnp.zeros((), leaf.dtype) for leaf in leaves], indices)
-    return fisher, [jnp.mean(jnp.square(leaf)) for leaf in leaves], [leaf.size for leaf in leaves]
+    return fisher, [jnp.mean(jnp.square(leaf)) for leaf in leaves]
 
 
 def make_centre(
@@ -254,7 +259,7 @@ def make_centre(
         scales = [jnp.asarray(scale) for scale in relative_scales(objective, params_star, dataset)]
     else:
         scales = [jnp.ones((), dtype) for _ in selection]
-    losses = jax.jit(per_sample_losses, static_argnums=0)(objective, params_star, dataset)
+    losses = compiled_losses(objective, params_star, dataset)
     centre = Centre(params_star, scales, dataset, losses, jnp.zeros((), dtype))
     return centre._replace(gradient=_star_gradient(objective, selection, centre)) if with_gradient else centre
 
@@ -262,7 +267,7 @@ def make_centre(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _star_gradient(objective: Objective, selection: Selection, centre: Centre) -> jax.Array:
     def loss(position: jax.Array) -> jax.Array:
-        return full_difference(objective, to_params(position, centre.params_star, centre.scales, selection), centre)
+        return full_difference(objective, centre.params(position, selection), centre)
 
     return jax.grad(loss)(jnp.zeros(num_selected(centre.params_star, selection), centre.losses.dtype))
 
@@ -272,15 +277,12 @@ def make_posterior(
 ) -> Posterior:
     """The posterior around `centre` at one temperature and localisation."""
 
-    def params(position: jax.Array) -> Params:
-        return to_params(position, centre.params_star, centre.scales, selection)
-
     def logdensity_fn(position: jax.Array) -> jax.Array:
         pull = 0.5 * localization * jnp.sum(jnp.square(position))
-        return -nbeta * full_difference(objective, params(position), centre) - pull
+        return -nbeta * full_difference(objective, centre.params(position, selection), centre) - pull
 
     def difference(position: jax.Array, batch: Dataset, losses: jax.Array) -> jax.Array:
-        return jnp.mean(objective.per_sample_loss(params(position), batch) - losses)
+        return jnp.mean(objective.per_sample_loss(centre.params(position, selection), batch) - losses)
 
     def minibatch(
         position: jax.Array, rng_key: jax.Array, batch_size: int, control_variates: bool = False

@@ -18,10 +18,9 @@ from lambda_hat.posterior import (
     full_difference,
     make_posterior,
     num_selected,
-    to_params,
 )
 from lambda_hat.samplers import Info, SamplerSpec
-from lambda_hat.target import Dataset, Objective, Params
+from lambda_hat.target import Dataset, Objective
 from lambda_hat.trace import NUM_COORDINATES
 
 
@@ -113,11 +112,7 @@ def make_program(objective: Objective, spec: SamplerSpec, selection: Selection, 
 
     def record(inputs: Inputs, state: Any, sums: Info, draw: jax.Array) -> dict[str, jax.Array]:
         """A draw's fields, each (lane, chain, ...), of the state after its last step and the sums over its steps."""
-
-        def params(position: jax.Array) -> Params:
-            return to_params(position, inputs.centre.params_star, inputs.centre.scales, selection)
-
-        position = state.position
+        position, centre = state.position, inputs.centre
         dim = position.shape[-1]
         count = min(dim, NUM_COORDINATES)
         fields = {
@@ -131,12 +126,12 @@ def make_program(objective: Objective, spec: SamplerSpec, selection: Selection, 
         fields |= {name: getattr(state, name) for name in algorithm.extras}
         if inputs.observed_losses.size:
             fields["observed"] = jax.vmap(jax.vmap(
-                lambda u: objective.per_sample_loss(params(u), inputs.observed) - inputs.observed_losses
+                lambda u: objective.per_sample_loss(centre.params(u, selection), inputs.observed) - inputs.observed_losses
             ))(position)  # fmt: skip
         if eval_every:
             fields["full_difference"] = jax.lax.cond(
                 draw % eval_every == eval_every - 1,
-                jax.vmap(jax.vmap(lambda u: full_difference(objective, params(u), inputs.centre))),
+                jax.vmap(jax.vmap(lambda u: full_difference(objective, centre.params(u, selection), centre))),
                 lambda position: jnp.full(position.shape[:-1], jnp.nan, position.dtype),
                 position,
             )

@@ -12,6 +12,7 @@ from pydantic import model_validator
 from lambda_hat.posterior import Metric, PosteriorSpec
 from lambda_hat.samplers import AnySamplerSpec
 from lambda_hat.spec import Spec, content_id, dotted
+from lambda_hat.target import TRAIN
 from lambda_hat.targets import AnyTargetSpec
 
 #: Runs one program samples together at most, which bounds its memory.
@@ -32,11 +33,11 @@ class RunSpec(Spec):
         batch_size = getattr(self.sampler, "batch_size", 0)
         if batch_size > self.target.num_data:
             raise ValueError(f"sampler.batch_size must be at most data.n_data, {self.target.num_data}; got {batch_size}")
-        unknown = [name for name in self.sampler.observables if name not in ("train", *self.target.observable_names)]
+        known = (TRAIN, *self.target.observable_names)
+        unknown = [name for name in self.sampler.observables if name not in known]
         if unknown:
             raise ValueError(
-                f"sampler.observables must name datasets of the target, {', '.join(['train', *self.target.observable_names])}; "
-                f"got {', '.join(unknown)}"
+                f"sampler.observables must name datasets of the target, {', '.join(known)}; got {', '.join(unknown)}"
             )
         return self
 

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lambda_hat.chunks import Progress, compile_clock, no_progress, run_in_chunks
-from lambda_hat.posterior import Metric, PosteriorSpec, make_centre, per_sample_losses, select
+from lambda_hat.posterior import Metric, PosteriorSpec, compiled_losses, make_centre, select
 from lambda_hat.program import Inputs, Lanes, make_program
 from lambda_hat.samplers import SamplerSpec
 from lambda_hat.spec import InvalidInput
-from lambda_hat.target import OBSERVABLE_SIZE, Dataset, Objective, Params
+from lambda_hat.target import OBSERVABLE_SIZE, TRAIN, Dataset, Objective, Params
 from lambda_hat.trace import FIELDS, NUM_COORDINATES, Checkpoint, Trace, join
 
 #: Draws a device call can hold before they are moved to the host, and the bytes they may take.
@@ -135,7 +135,7 @@ def _sample_runs(
         ),
         jnp.arange(sampler.num_chains),
         observed,
-        jax.jit(per_sample_losses, static_argnums=0)(objective, centre.params_star, observed),
+        compiled_losses(objective, centre.params_star, observed),
     )
     width = len(FIELDS) + NUM_COORDINATES + observed.num_data
     draw_bytes = num_lanes * sampler.num_chains * width * dtype.itemsize
@@ -164,7 +164,6 @@ def _sample_runs(
         sampling = time.perf_counter() - began - compiling
         return {"compile": (spent["compile"] + compiling) / len(runs), "sampling": (spent["sampling"] + sampling) / len(runs)}
 
-    states = [jax.tree.map(lambda leaf, part=part: leaf[:, part], state) for part in parts_of_chains]
     inputs_of = [inputs._replace(chains=jnp.asarray(part)) for part in parts_of_chains]
     threads = ThreadPoolExecutor(len(parts_of_chains))
 
@@ -204,12 +203,11 @@ def _sample_runs(
         phase = "burn-in" if done <= sampler.num_burnin_draws else "sampling"
         progress(done, total, "draws", f"{phase}, llc {', '.join(llc)}{', ...' if len(latest) > 3 else ''} lately")
 
-    carry: Any = [(state, None) for state in states], 0
+    carry = _divided(state, parts_of_chains)
     with threads:
         if program.pool is not None and start <= program.pool_draw < total:
             parts, _ = run_in_chunks(advance, carry, start, program.pool_draw, after_chunk, buffer_draws)
-            state = program.pool(_all_chains([state for state, _ in parts]))
-            carry = [(jax.tree.map(lambda leaf, part=part: leaf[:, part], state), None) for part in parts_of_chains], 0
+            carry = _divided(program.pool(_all_chains([state for state, _ in parts])), parts_of_chains)
             start = program.pool_draw
         run_in_chunks(advance, carry, start, total, after_chunk, buffer_draws)
     draws = join(drawn)
@@ -234,19 +232,24 @@ def _num_parts(num_chains: int, num_lanes: int) -> int:
     return max(parts for parts in range(1, most + 1) if num_chains % parts == 0)
 
 
+def _divided(state: Any, parts_of_chains: Sequence[np.ndarray]) -> Any:
+    """What the loop carries at its start: the part's state, and no draws yet, of each part of the chains."""
+    return [(jax.tree.map(lambda leaf, part=part: leaf[:, part], state), None) for part in parts_of_chains], 0
+
+
 def _all_chains(states: list[Any]) -> Any:
     """The states of the parts as one; leaves (lane, chain, ...)."""
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), *states)
 
 
 def _observable(name: str, dataset: Dataset, observables: Mapping[str, Dataset]) -> Dataset:
-    """The target's observable, or "train": evenly spaced training samples."""
+    """The target's observable, or `TRAIN`, of its training samples."""
     if name in observables:
         return observables[name]
-    if name != "train":
+    if name != TRAIN:
         raise InvalidInput(
             f"An observable must be one of the target's; got {name!r} in sampler.observables. "
-            f"This target has: {', '.join(['train', *observables])}."
+            f"This target has: {', '.join([TRAIN, *observables])}."
         )
     count = min(dataset.num_data, OBSERVABLE_SIZE)
     return dataset.take(np.arange(count) * dataset.num_data // count)

@@ -17,6 +17,9 @@ from lambda_hat.spec import InvalidInput, Precision, Spec, content_id
 Params = Any  # a nested dict of arrays
 Arrays = dict[str, Any]
 
+#: The observable that every target has: evenly spaced samples of its training data, unless it has one of its own.
+TRAIN = "train"
+
 #: Samples of one observable dataset: their losses are recorded at every draw.
 OBSERVABLE_SIZE = 100
 
@@ -58,7 +61,7 @@ class TargetSpec(Spec):
 
     @property
     def observable_names(self) -> tuple[str, ...]:
-        """Names of the target's observables besides "train"; known without building."""
+        """Names of the target's observables besides `TRAIN`; known without building."""
         return ()
 
     @property

@@ -39,6 +39,11 @@ class Trace:
         """Draws after burn-in, (num_chains, num_draws, ...)."""
         return self.draws[name][:, self.num_burnin_draws :]
 
+    @property
+    def fge(self) -> float:
+        """Work done, in full-data gradient equivalents: of all chains, burn-in included."""
+        return float(np.nansum(self.draws["work"], dtype=np.float64))
+
 
 class Checkpoint(NamedTuple):
     """A run cut short: its state's leaves, the draws so far, the seconds spent, and the program that made them: the run's lane

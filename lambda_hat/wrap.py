@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lambda_hat.posterior import per_sample_losses, tensor_names
+from lambda_hat.posterior import compiled_losses, tensor_names
 from lambda_hat.spec import InvalidInput
 from lambda_hat.target import Dataset, Objective, Params
 
@@ -109,7 +109,7 @@ def wrap(loss_fn: LossFn, params: Any, data: Any) -> Wrapped:
     with jax.enable_x64(dtype == np.float64):
         few = Dataset({name: array[:FEW] for name, array in dataset.samples.items()}, dataset.constants)
         objective = _objective(problem, _is_mean(problem, star, few))
-        losses = np.asarray(_losses(objective, star, dataset))
+        losses = np.asarray(compiled_losses(objective, star, dataset))
         _check_losses(losses)
         with jax.default_matmul_precision("highest"):
             _check_independence(*_together_and_apart(problem, star, few))
@@ -202,9 +202,6 @@ def _objective(problem: _Problem, is_mean: bool) -> Objective:
         return losses(params, dataset).astype(jax.tree.leaves(params)[0].dtype)
 
     return Objective(per_sample_loss)
-
-
-_losses = jax.jit(per_sample_losses, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)

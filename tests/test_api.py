@@ -11,9 +11,9 @@ import pytest
 
 import lambda_hat as lh
 from lambda_hat.chunks import compile_clock
-from lambda_hat.observables import TRAIN
 from lambda_hat.samplers.hmc import HmcSpec
 from lambda_hat.spec import InvalidInput
+from lambda_hat.target import TRAIN
 from lambda_hat.theory import quadratic_llc
 
 pytestmark = pytest.mark.usefixtures("library_promotion")

@@ -28,7 +28,6 @@ class SamplerSpec(Spec):
     num_draws: int = Field(1000, ge=4, description="recorded draws per chain, after burn-in")
     num_burnin_steps: int = Field(1000, ge=0, description="steps before the first draw, rounded up to whole draws")
     num_steps_bw_draws: int = Field(1, ge=1, description="steps per recorded draw (thinning)")
-
     observables: tuple[str, ...] = Field(
         (), description='datasets of the target whose per-sample losses are recorded at every draw, like "train" or "test"'
     )
