@@ -22,7 +22,7 @@ from lambda_hat.plots import RUN_PLOTS, TARGET_PLOTS
 from lambda_hat.posterior import num_selected, select
 from lambda_hat.run import RunSpec, batches
 from lambda_hat.samplers import SamplerSpec
-from lambda_hat.sampling import Run, sample_runs
+from lambda_hat.sampling import Run, lane_width, sample_runs
 from lambda_hat.settings import explain, nearest
 from lambda_hat.spec import InvalidInput
 from lambda_hat.target import TRAIN, DataSpec, TargetSpec, mean_loss_float64
@@ -191,16 +191,18 @@ def estimate_llcs(
     nums_params = [_num_params(spec, wrapped) for spec in specs]
     init_loss = _init_loss(wrapped)
     estimates: dict[int, LLCEstimate] = {}
-    for indices in batches(specs):
-        with _bar(progress) as report:
-            traces = sample_runs(
-                wrapped.objective, wrapped.params, wrapped.dataset,
-                [Run(specs[index].posterior, specs[index].sampler) for index in indices],
-                metric=specs[indices[0]].metric, observables=followed, progress=report,
-            )  # fmt: skip
-        for index, trace in zip(indices, traces, strict=True):
-            metrics = {"init_loss": init_loss, "num_params": nums_params[index], "num_data": wrapped.dataset.num_data}
-            estimates[index] = LLCEstimate(diagnose(specs[index], trace, metrics), trace, specs[index])
+    for batch in batches(specs):
+        width = lane_width(len(batch), wrapped.params, specs[batch[0]].sampler.num_chains)
+        for indices in (batch[start : start + width] for start in range(0, len(batch), width)):
+            with _bar(progress) as report:
+                traces = sample_runs(
+                    wrapped.objective, wrapped.params, wrapped.dataset,
+                    [Run(specs[index].posterior, specs[index].sampler) for index in indices],
+                    metric=specs[batch[0]].metric, observables=followed, lanes=(range(len(indices)), width), progress=report,
+                )  # fmt: skip
+            for index, trace in zip(indices, traces, strict=True):
+                metrics = {"init_loss": init_loss, "num_params": nums_params[index], "num_data": wrapped.dataset.num_data}
+                estimates[index] = LLCEstimate(diagnose(specs[index], trace, metrics), trace, specs[index])
     return [estimates[index] for index in range(len(specs))]
 
 

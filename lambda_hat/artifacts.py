@@ -31,7 +31,7 @@ from lambda_hat.manifest import (
 from lambda_hat.plan import spec_from_json
 from lambda_hat.posterior import PosteriorSpec, num_selected, select
 from lambda_hat.run import RunSpec, labels
-from lambda_hat.sampling import Run, sample_runs
+from lambda_hat.sampling import Run, lane_width, sample_runs
 from lambda_hat.spec import InvalidInput, content_id
 from lambda_hat.store import Store
 from lambda_hat.target import Dataset, Target, TargetSpec, Unfinished, metrics_at
@@ -92,7 +92,7 @@ def load_target(store: Store, target_id: str, checkpoint: int | None = None) -> 
 
 
 def sample_batch(specs: Sequence[RunSpec], store: Store, progress: Progress = no_progress) -> list[Manifest]:
-    """Samples a batch (`lambda_hat.run.batches`) in one program, or finds its runs: each one's draws as trace.npz, its work and
+    """Samples a batch (`lambda_hat.run.batches`) by one program, or finds its runs: each one's draws as trace.npz, its work and
     time as summary.
 
     Interrupted sampling goes on from its last checkpoint and gives the numbers of an uninterrupted run.
@@ -101,14 +101,18 @@ def sample_batch(specs: Sequence[RunSpec], store: Store, progress: Progress = no
     manifests = [store.manifest(address) for address in addresses]
     missing = [index for index, manifest in enumerate(manifests) if manifest is None]
     checkpoints = {index: _load_checkpoint(store, addresses[index]) for index in missing}
-    target = load_target(store, specs[0].target_id, specs[0].target.checkpoint) if missing else None
-    for indices, lanes in _resumable(checkpoints):
-        assert target is not None  # it is read where runs are missing
+    groups: list[tuple[list[int], tuple[list[int], int]]] = []
+    if missing:
+        target = load_target(store, specs[0].target_id, specs[0].target.checkpoint)
+        width = lane_width(len(specs), target.params_star, specs[0].sampler.num_chains)
+        groups = list(_together(checkpoints, width))
+    for place, (indices, lanes) in enumerate(groups):
         saved = [checkpoint for index in indices if (checkpoint := checkpoints[index]) is not None]
         traces = sample_runs(
             specs[0].target.objective(), target.params_star, target.dataset,
             [Run(specs[index].posterior, specs[index].sampler) for index in indices],
-            metric=specs[0].metric, observables=target.observables, resume=saved or None, lanes=lanes, progress=progress,
+            metric=specs[0].metric, observables=target.observables, resume=saved or None, lanes=lanes,
+            progress=functools.partial(_progress_of, progress, place, len(groups)),
             save=functools.partial(_save_checkpoints, store, [addresses[index] for index in indices]),
         )  # fmt: skip
         for index, trace in zip(indices, traces, strict=True):
@@ -132,28 +136,27 @@ def _save_checkpoints(store: Store, addresses: Sequence[Address], checkpoints: S
         store.save_checkpoint(address, _pack_checkpoint(checkpoint))
 
 
-def _resumable(checkpoints: Mapping[int, Checkpoint | None]) -> Iterator[tuple[list[int], tuple[list[int], int]]]:
-    """Runs that can go on together, and their lanes: those saved at one draw, in the lanes they had, and those never saved.
+def _progress_of(progress: Progress, place: int, count: int, done: int, total: int, unit: str, note: str) -> None:
+    """The progress of one of `count` equal parts as that of the whole."""
+    progress(place * total + done, count * total, unit, note)
 
-    A kill between two runs' checkpoints leaves some unsaved; these start again among as many lanes as the others. Runs that an
-    earlier sweep sampled apart may have been in one lane: they go on apart.
+
+def _together(checkpoints: Mapping[int, Checkpoint | None], width: int) -> Iterator[tuple[list[int], tuple[list[int], int]]]:
+    """Runs of a batch that are sampled together, and their lanes: those saved at one draw in the lanes they had; those never
+    saved, as after a kill between two runs' checkpoints, in the lanes they have without one. Runs that an earlier sweep sampled
+    apart may have been in one lane: they go on apart.
     """
-    saved = [checkpoint for checkpoint in checkpoints.values() if checkpoint is not None]
-    groups: dict[Any, list[int]] = {}
+    groups: dict[Any, dict[int, int]] = {}  # of (number of lanes, ...): each run's lane
     for index, checkpoint in checkpoints.items():
-        place: Any = None
-        if checkpoint is not None:
-            place = (checkpoint.num_draws, checkpoint.num_lanes, checkpoint.num_parts, checkpoint.observables)
-            while checkpoint.lane in [checkpoints[other].lane for other in groups.get(place, [])]:  # type: ignore[union-attr]
-                place = (*place, "another")
-        groups.setdefault(place, []).append(index)
-    for place, indices in groups.items():
-        if place is not None:
-            yield indices, ([checkpoints[index].lane for index in indices], place[1])  # type: ignore[union-attr]
-        else:
-            taken = {checkpoint.lane for checkpoint in saved}
-            total = max([len(indices) + len(taken), *(checkpoint.num_lanes for checkpoint in saved)])
-            yield indices, ([lane for lane in range(total) if lane not in taken][: len(indices)], total)
+        if checkpoint is None:
+            groups.setdefault((width, index // width), {})[index] = index % width
+            continue
+        place: Any = (checkpoint.num_lanes, checkpoint.num_draws, checkpoint.num_parts, checkpoint.observables)
+        while checkpoint.lane in groups.get(place, {}).values():
+            place = (*place, "another")
+        groups.setdefault(place, {})[index] = checkpoint.lane
+    for (num_lanes, *_), lanes in groups.items():
+        yield list(lanes), (list(lanes.values()), num_lanes)
 
 
 def load_trace(store: Store, spec: RunSpec) -> Trace:

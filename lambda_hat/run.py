@@ -15,7 +15,7 @@ from lambda_hat.spec import Spec, content_id, dotted
 from lambda_hat.target import TRAIN
 from lambda_hat.targets import AnyTargetSpec
 
-#: Runs one program samples together at most, which bounds its memory.
+#: Runs of one batch at most; `lambda_hat.sampling.lane_width` bounds those that are sampled at once.
 MAX_LANES = 64
 
 

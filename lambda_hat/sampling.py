@@ -24,6 +24,13 @@ from lambda_hat.trace import FIELDS, NUM_COORDINATES, Checkpoint, Trace, join
 #: Draws a device call can hold before they are moved to the host, and the bytes they may take.
 BUFFER_DRAWS, BUFFER_BYTES = 1024, 2**26
 
+#: Bytes of all chains' parameters that are sampled at once on CPUs: a step of a chain takes 1.4 times as long with many more.
+CACHE_BYTES = 3 * 2**19
+
+#: Vectors as long as the parameters that a step of a chain holds at most, with twice as much for data and activations; and the
+#: memory of a GPU that does not tell.
+STEP_VECTORS, GPU_BYTES = 64, 2**33
+
 
 class Run(NamedTuple):
     """One of the runs that are sampled together."""
@@ -204,6 +211,7 @@ def _sample_runs(
         progress(done, total, "draws", f"{phase}, llc {', '.join(llc)}{', ...' if len(latest) > 3 else ''} lately")
 
     carry = _divided(state, parts_of_chains)
+    del state  # a copy of all chains
     with threads:
         if program.pool is not None and start <= program.pool_draw < total:
             parts, _ = run_in_chunks(advance, carry, start, program.pool_draw, after_chunk, buffer_draws)
@@ -220,6 +228,21 @@ def _sample_runs(
         )
         for index, run in enumerate(runs)
     ]  # fmt: skip
+
+
+def lane_width(num_runs: int, params_star: Params, num_chains: int) -> int:
+    """Runs of a batch to sample at once, the rest after them in the same program: as many as fit the device.
+
+    On CPUs, whose caches the chains of a step must fit to be read at their speed, few; more would also need more memory. Groups
+    are of equal width, so that all have one program.
+    """
+    chains = num_chains * sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params_star))
+    if jax.default_backend() == "cpu":
+        most = max(1, CACHE_BYTES // chains)
+    else:
+        free = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", GPU_BYTES)
+        most = max(1, int(free) // (STEP_VECTORS * chains))
+    return -(-num_runs // -(-num_runs // most))
 
 
 def _num_parts(num_chains: int, num_lanes: int) -> int:

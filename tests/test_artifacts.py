@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_llc import iid, trace_of
 
-from lambda_hat import artifacts, manifest
+from lambda_hat import artifacts, manifest, sampling
 from lambda_hat.arrays import pack_arrays
 from lambda_hat.manifest import diagnosis_address, run_address, sweep_address, target_address
 from lambda_hat.run import RunSpec
@@ -140,4 +140,28 @@ def test_runs_interrupted_apart_are_not_mixed_when_they_go_on_together(tmp_path)
     for spec in specs:
         artifacts.sample_batch([spec], apart)
         resumed, whole = (artifacts.load_trace(where, spec) for where in (store, apart))
+        np.testing.assert_array_equal(resumed.draws["loss_difference"], whole.draws["loss_difference"])
+
+
+def test_a_batch_too_wide_is_sampled_in_groups_that_each_go_on(tmp_path, monkeypatch):
+    """Five runs, two at once: stopped in the second group, the first is finished, and no number depends on the stop."""
+    monkeypatch.setattr(sampling, "CACHE_BYTES", 2 * 4 * 3 * 4)  # two runs of four chains of three float32
+    target = QuadraticSpec(dim=3)
+    sampler = SgldSpec(step_size=1e-3, num_draws=30, num_burnin_steps=20, num_steps_bw_draws=2)
+    specs = [RunSpec(target=target, sampler=sampler.model_copy(update={"seed": seed})) for seed in range(5)]
+    store, undisturbed = (Store(str(tmp_path / name)) for name in ("store", "undisturbed"))
+    for where in (store, undisturbed):
+        artifacts.build_target(target, where)
+    artifacts.sample_batch(specs, undisturbed)
+
+    def stop(done, total, *rest):
+        if done > total / 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        artifacts.sample_batch(specs, store, stop)
+    assert [store.exists(run_address(spec.target_id, spec.run_id)) for spec in specs] == [True, True, False, False, False]
+    artifacts.sample_batch(specs, store)
+    for spec in specs:
+        resumed, whole = (artifacts.load_trace(where, spec) for where in (store, undisturbed))
         np.testing.assert_array_equal(resumed.draws["loss_difference"], whole.draws["loss_difference"])

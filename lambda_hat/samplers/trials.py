@@ -19,6 +19,11 @@ TARGET_ACCEPTANCE = 0.95
 #: Share of the llc that the noise of minibatches may add to it, by the search's own estimate.
 MAX_EXCESS = 0.02
 
+#: The step times the steepest curvature that burn-in met, at most. Where a loss grows faster than a quadratic, a step that is
+#: right where the posterior is throws a chain that strays from there to infinity; with few parameters `TARGET_ACCEPTANCE`
+#: alone leaves no room for that.
+MAX_STIFFNESS = 0.25
+
 #: The first step tried, times nbeta; the search leaves it within tens of steps.
 FIRST_STEP = 1e-2
 
@@ -32,7 +37,8 @@ FOLLOW_EVERY = 10
 
 class State(NamedTuple):
     """inner: the sampler's own state. step_size: the one in use. acceptance_rate, noise_excess: of the last trial. noise, llc:
-    means in burn-in, of the excess per unit of step size and of the llc. dual_averaging: BlackJAX's search, or ()."""
+    means in burn-in, of the excess per unit of step size and of the llc. steepest: curvature of the potential in burn-in.
+    dual_averaging: BlackJAX's search, or ()."""
 
     inner: Any
     step_size: jax.Array
@@ -40,6 +46,7 @@ class State(NamedTuple):
     noise_excess: jax.Array
     noise: jax.Array
     llc: jax.Array
+    steepest: jax.Array
     dual_averaging: Any
 
     @property
@@ -49,13 +56,15 @@ class State(NamedTuple):
 
 class Trial(NamedTuple):
     """A Langevin step that was tried: what evaluating it reported, the loss's gradient where it started, where it led, its
-    acceptance probability, and by how much the noise of such minibatches raises the llc."""
+    acceptance probability, by how much the noise of such minibatches raises the llc, and the step size times the curvature of
+    the potential along the step."""
 
     info: Info
     gradient: jax.Array
     position: jax.Array
     acceptance_rate: jax.Array
     noise_excess: jax.Array
+    stiffness: jax.Array
 
 
 def attempt(rng_key: jax.Array, position: jax.Array, step_size: jax.Array, minibatch: Minibatch, posterior: Posterior) -> Trial:
@@ -78,13 +87,16 @@ def attempt(rng_key: jax.Array, position: jax.Array, step_size: jax.Array, minib
     def potential(difference: jax.Array, at: jax.Array) -> jax.Array:
         return posterior.nbeta * difference + 0.5 * posterior.localization * jnp.sum(jnp.square(at))
 
-    returns = position - there - step_size * logdensity_gradient(back, there, posterior)
+    pull, pull_there = (logdensity_gradient(*at, posterior) for at in ((gradient, position), (back, there)))
+    moved, turned = (there - position) / jnp.sqrt(step_size), jnp.sqrt(step_size) * (pull_there - pull)
+    stiffness = jnp.sqrt(jnp.sum(jnp.square(turned)) / jnp.sum(jnp.square(moved)))
+    returns = position - there - step_size * pull_there
     log_ratio = (
         potential(info.loss_difference, position) - potential(other.loss_difference, there)
         + 0.5 * jnp.sum(jnp.square(noise)) - jnp.sum(jnp.square(returns) / (4 * step_size))
     )  # fmt: skip
     acceptance_rate = jnp.where(jnp.isfinite(log_ratio), jnp.exp(jnp.minimum(log_ratio, 0)), 0)
-    return Trial(info._replace(work=2 * info.work + other.work), gradient, there, acceptance_rate, noise_excess)
+    return Trial(info._replace(work=2 * info.work + other.work), gradient, there, acceptance_rate, noise_excess, stiffness)
 
 
 def with_trials(
@@ -122,11 +134,12 @@ def with_trials(
         step_size = numbers.get("step_size", first)
         inner = sampler.init(rng_key, position, posterior, numbers | {"step_size": step_size})
         zero = jnp.zeros((), position.dtype)
-        return State(inner, step_size, zero + 1, zero, zero, zero, dual_init(step_size) if end else ())
+        return State(inner, step_size, zero + 1, zero, zero, zero, zero, dual_init(step_size) if end else ())
 
-    def quiet(noise: jax.Array, llc: jax.Array) -> jax.Array:
-        """The step at which the noise of minibatches raises the llc by `MAX_EXCESS` of it."""
-        return jnp.where((llc > 0) & (noise > 0), MAX_EXCESS * llc / noise, jnp.inf)
+    def longest(state: State) -> jax.Array:
+        """The step at which the noise of minibatches raises the llc by `MAX_EXCESS` of it, or that of `MAX_STIFFNESS`."""
+        quiet = jnp.where((state.llc > 0) & (state.noise > 0), MAX_EXCESS * state.llc / state.noise, jnp.inf)
+        return jnp.minimum(quiet, jnp.where(state.steepest > 0, MAX_STIFFNESS / state.steepest, jnp.inf))
 
     def averaged(
         state: State, trial: Trial, step_size: jax.Array, posterior: Posterior, numbers: dict, weight: jax.Array
@@ -136,7 +149,11 @@ def with_trials(
         rate, llc = excess / step_size, posterior.nbeta * trial.info.loss_difference
         noise = state.noise + jnp.where(jnp.isfinite(rate), weight * (rate - state.noise), 0)
         llc = state.llc + jnp.where(jnp.isfinite(llc), weight * (llc - state.llc), 0)
-        return state._replace(acceptance_rate=trial.acceptance_rate, noise_excess=excess, noise=noise, llc=llc)
+        likely = (trial.acceptance_rate > 0.5) & jnp.isfinite(trial.stiffness)  # others lead where the chain does not go
+        steepest = jnp.maximum(state.steepest, jnp.where(likely, trial.stiffness / step_size, 0))
+        return state._replace(
+            acceptance_rate=trial.acceptance_rate, noise_excess=excess, noise=noise, llc=llc, steepest=steepest
+        )
 
     def search(rng_key: jax.Array, state: State, posterior: Posterior, numbers: dict, index: jax.Array) -> tuple[State, Info]:
         trial_key, accept_key = jax.random.split(rng_key)
@@ -147,11 +164,12 @@ def with_trials(
         # Means since the restart.
         weight = 1 / jnp.maximum(index - restart + 1, 1).astype(here.dtype)
         state = averaged(state, trial, state.step_size, posterior, numbers, weight)
+        state = state._replace(steepest=jnp.where(index < restart, 0, state.steepest))
         dual = dual_update(state.dual_averaging, trial.acceptance_rate)
         step_size = jnp.where(index == restart - 1, dual_final(dual), jnp.exp(dual.log_step_size))
         anew = dual_init(step_size)
         dual = jax.tree.map(lambda new, old: jnp.where(index == restart - 1, new, old).astype(old.dtype), anew, dual)
-        found = shorter(numbers) * jnp.minimum(dual_final(dual), quiet(state.noise, state.llc))
+        found = shorter(numbers) * jnp.minimum(dual_final(dual), longest(state))
         step_size = jnp.where(index == end - 1, found, step_size).astype(here.dtype)
         inner = inner._replace(position=jnp.where(accepted, trial.position, here))
         info = trial.info._replace(acceptance_rate=trial.acceptance_rate)
@@ -167,7 +185,7 @@ def with_trials(
             gain = 1 / jnp.sqrt(1 + jnp.maximum(index - end, 0) // FOLLOW_EVERY).astype(tried.dtype)
             new = averaged(state, trial, tried, posterior, numbers, gain)
             found = state.step_size * jnp.exp(gain * (trial.acceptance_rate - TARGET_ACCEPTANCE) / 2)
-            found = jnp.minimum(found, shorter(numbers) * quiet(new.noise, new.llc))
+            found = jnp.minimum(found, shorter(numbers) * longest(new))
             step_size = jnp.where(follows, found, state.step_size).astype(state.step_size.dtype)
             return new._replace(step_size=step_size), trial.info.work
 
