@@ -34,8 +34,9 @@ from lambda_hat.run import RunSpec, labels
 from lambda_hat.sampling import Run, lane_width, sample_runs
 from lambda_hat.spec import InvalidInput, content_id
 from lambda_hat.store import Store
-from lambda_hat.target import Dataset, Target, TargetSpec, Unfinished, metrics_at
+from lambda_hat.target import Dataset, Target, TargetSpec, Unfinished, mean_loss_float64, metrics_at
 from lambda_hat.targets import AnyTargetSpec
+from lambda_hat.targets.custom import CustomSpec
 from lambda_hat.trace import Checkpoint, Trace
 
 
@@ -104,6 +105,7 @@ def sample_batch(specs: Sequence[RunSpec], store: Store, progress: Progress = no
     groups: list[tuple[list[int], tuple[list[int], int]]] = []
     if missing:
         target = load_target(store, specs[0].target_id, specs[0].target.checkpoint)
+        _check_custom(target)
         width = lane_width(len(specs), target.params_star, specs[0].sampler.num_chains)
         groups = list(_together(checkpoints, width))
     for place, (indices, lanes) in enumerate(groups):
@@ -120,6 +122,19 @@ def sample_batch(specs: Sequence[RunSpec], store: Store, progress: Progress = no
     for address in addresses:
         store.clear_checkpoint(address)
     return [manifest for manifest in manifests if manifest is not None]
+
+
+def _check_custom(target: Target) -> None:
+    """Refuses to sample a user's function that has changed since its target was built: its source is not part of the id."""
+    if not isinstance(target.spec, CustomSpec):
+        return
+    built = target.metrics["init_loss"]
+    found = mean_loss_float64(target.spec.objective(), target.params_star, target.dataset)
+    if not np.isclose(found, built, rtol=1e-4, atol=1e-12):
+        raise InvalidInput(
+            f"The function of a custom target must give the loss at w* that it gave when the target was built, {built:.6g}; "
+            f"{target.spec.path} now gives {found:.6g}. Set target.version to something new."
+        )
 
 
 def _publish_run(spec: RunSpec, trace: Trace, store: Store) -> Manifest:

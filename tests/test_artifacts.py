@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 
 import jax
 import numpy as np
@@ -14,7 +16,9 @@ from lambda_hat.arrays import pack_arrays
 from lambda_hat.manifest import diagnosis_address, run_address, sweep_address, target_address
 from lambda_hat.run import RunSpec
 from lambda_hat.samplers.sgld import SgldSpec
+from lambda_hat.spec import InvalidInput
 from lambda_hat.store import Store
+from lambda_hat.targets import custom
 from lambda_hat.targets.analytic import QuadraticSpec
 
 CHAINS, DRAWS = 2, 300
@@ -165,3 +169,23 @@ def test_a_batch_too_wide_is_sampled_in_groups_that_each_go_on(tmp_path, monkeyp
     for spec in specs:
         resumed, whole = (artifacts.load_trace(where, spec) for where in (store, undisturbed))
         np.testing.assert_array_equal(resumed.draws["loss_difference"], whole.draws["loss_difference"])
+
+
+def test_a_custom_function_that_has_changed_is_refused(store, tmp_path, monkeypatch):
+    content = """
+import numpy as np
+
+def target():
+    return lambda params, batch: SCALE * (batch["x"] @ params["w"]), {"w": np.ones(2)}, {"x": np.ones((5, 2))}
+"""
+    monkeypatch.syspath_prepend(tmp_path)
+    spec = spec_of({"family": "custom", "path": "changing_target:target", "data": {"n_data": 5}})
+    for scale in (1, 3):
+        (tmp_path / "changing_target.py").write_text(content.replace("SCALE", str(scale)))
+        monkeypatch.delitem(sys.modules, "changing_target", raising=False)
+        importlib.invalidate_caches()
+        custom._call.cache_clear()  # as in another process
+        if scale == 1:
+            artifacts.build_target(spec.target, store)
+    with pytest.raises(InvalidInput, match=r"gave when the target was built, 2; changing_target:target now gives 6"):
+        artifacts.sample_batch([spec], store)

@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from lambda_hat.chunks import compile_clock
 from lambda_hat.posterior import Posterior, PosteriorSpec, make_centre, make_posterior, select
 from lambda_hat.samplers import AnySamplerSpec
+from lambda_hat.samplers.sgld import SgldSpec
 from lambda_hat.samplers.stochastic import StochasticSpec
 from lambda_hat.sampling import sample
 from lambda_hat.target import Dataset, Objective
@@ -292,3 +294,15 @@ def test_mclmc_says_where_its_step_is_too_long():
     trace = run(spec_of("mclmc"), problem(np.zeros((4, 4)), crossing=1.0), nbeta=1e6, localization=0.1)
     steps = trace.posterior_draws("is_divergent").size * spec_of("mclmc").num_steps_bw_draws
     assert trace.posterior_draws("is_divergent").sum() > 0.01 * steps
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_burnin_steps": 399}, "num_burnin_steps must be at least 400 with step_size=auto.*got 399"),
+        ({"num_draws": 50, "eval_every": 60}, "eval_every must be at most num_draws, 50, or 0 for never; got 60"),
+    ],
+)
+def test_lengths_that_do_not_fit_are_refused(fields, message):
+    with pytest.raises(ValidationError, match=message):
+        SgldSpec(**fields)

@@ -33,11 +33,16 @@ class StochasticSpec(SamplerSpec):
     eval_every: int = Field(0, ge=0, description="evaluate the loss on all the data every so many draws; 0 = never")
 
     @model_validator(mode="after")
-    def _searches(self) -> Self:
+    def _fits_length(self) -> Self:
         if self.step_size == "auto" and self.num_burnin_steps < MIN_SEARCH:
             raise ValueError(
                 f"num_burnin_steps must be at least {MIN_SEARCH} with step_size=auto, which is searched in burn-in; "
                 f"got {self.num_burnin_steps}"
+            )
+        if self.eval_every > self.num_draws:
+            raise ValueError(
+                f"eval_every must be at most num_draws, {self.num_draws}, or 0 for never; got {self.eval_every}: no draw would "
+                "be evaluated"
             )
         return self
 
