@@ -18,7 +18,7 @@ from lambda_hat import artifacts, report
 from lambda_hat.cli import main
 from lambda_hat.manifest import Address, Manifest, diagnosis_address, run_address
 from lambda_hat.plan import make_plan
-from lambda_hat.run import RunSpec
+from lambda_hat.run import RunSpec, labels
 from lambda_hat.settings import load_settings
 from lambda_hat.store import Store
 
@@ -169,7 +169,7 @@ def made(published: dict[Address, Manifest]) -> dict[Address, tuple[str, str]]:
 
 def share_done(store: Store, spec: RunSpec) -> float:
     """The share of a run's draws in its checkpoint."""
-    checkpoint = artifacts._load_checkpoint(store, spec)
+    checkpoint = artifacts._load_checkpoint(store, run_address(spec.target_id, spec.run_id))
     if checkpoint is None:
         return 0.0
     return checkpoint.draws["loss_difference"].shape[1] / (spec.sampler.num_burnin_draws + spec.sampler.num_draws)
@@ -189,8 +189,8 @@ def test_killed_sweeps_end_as_undisturbed_ones(tmp_path, capsys):
     undisturbed, killed = (Place(tmp_path, name, settings) for name in ("undisturbed", "killed"))
     rows, log = undisturbed.finish()
     assert [row["status"] for row in rows] == ["computed"] * 6
-    labels = report.labels(specs)
-    assert all(first_percent(log, label) == 0 for label in labels)
+    names = labels(specs)
+    assert all(first_percent(log, name) == 0 for name in names)
 
     total = 2 + 6 + 6 + 1
     kept: dict[Address, tuple[str, str]] = {}
@@ -200,14 +200,14 @@ def test_killed_sweeps_end_as_undisturbed_ones(tmp_path, capsys):
         (lambda: killed.has("targets/*/manifest.json"), signal.SIGKILL),  # the other target is being trained
         (lambda: killed.has(CHECKPOINTS, 30_000), signal.SIGKILL),  # hundreds of draws into a run
         (lambda: len(list(Path(killed.store.uri).glob(CHECKPOINTS))) == 2, signal.SIGINT),  # two runs are at work
-        (lambda: killed.has("targets/*/runs/*/diagnosis/manifest.json"), signal.SIGKILL),  # the others are still to come
+        (lambda: killed.has("targets/*/runs/*/diagnosis-v*/manifest.json"), signal.SIGKILL),  # the others are still to come
     ):
         log = killed.stop_when(moment, how)
         finished = made(killed.published())
         assert kept.items() <= finished.items(), "what was finished before was made again"
         assert 0 < len(finished) < total
         kept = finished
-        for spec, label in zip(specs, labels, strict=True):
+        for spec, label in zip(specs, names, strict=True):
             percent = first_percent(log, label)
             if begun.get(spec) and percent is not None:
                 assert percent >= int(100 * begun[spec]) > 0, "it started anew"
