@@ -2,15 +2,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test test-all lint constraints clean
+.PHONY: run test test-all test-faults lint constraints clean
 run: .venv/installed
 	$(BIN)/python flows/sweep.py $(ARGS)
 
 test: .venv/installed lint
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not faults" $(ARGS)
 
 test-all: .venv/installed lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -m "not faults" $(ARGS)
+
+# Hundreds of kills, full disks, damaged files, ten thousand wrong inputs: an hour.
+test-faults: .venv/installed
+	$(BIN)/python -m pytest -m faults $(ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -33,8 +37,8 @@ clean:
 	rm -rf .venv lambda_hat_store
 
 # The figures of docs/benchmarks.md.
-.PHONY: bench bench-accuracy bench-speed bench-memory
-bench: bench-accuracy bench-speed bench-memory
+.PHONY: bench bench-accuracy bench-speed bench-memory bench-storage
+bench: bench-accuracy bench-speed bench-memory bench-storage
 	$(BIN)/python benchmarks/sweep_overhead.py
 
 bench-accuracy: .venv/installed
@@ -47,3 +51,6 @@ bench-speed: .venv/installed
 
 bench-memory: .venv/installed
 	$(BIN)/python benchmarks/memory.py $(ARGS)
+
+bench-storage: .venv/installed
+	$(BIN)/python benchmarks/storage.py $(ARGS)

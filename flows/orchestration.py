@@ -1,47 +1,28 @@
-"""What the flows share: tasks cached on the ids of what they make, and the command line's frame."""
+"""What the flows share: plans, what the store has, results in the UI, and the command line's frame."""
 
 from __future__ import annotations
 
 import argparse
 import base64
-import functools
-import hashlib
 import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from prefect import Flow, task
+from prefect import Flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
-from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.states import State
-from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.progress import STOPPED, on_interrupt
+from flows.tasks import open_place
 from lambda_hat import artifacts, report
+from lambda_hat.manifest import Address, Manifest, StoreUnavailable, diagnosis_address, run_address, target_address
 from lambda_hat.plan import describe, make_plan
 from lambda_hat.run import RunSpec
-from lambda_hat.settings import Settings, load_settings
+from lambda_hat.settings import Settings
 from lambda_hat.spec import InvalidInput
 from lambda_hat.store import Store
-
-#: Names of a store and a settings file, None for the default ones. A task is told no more, so no credential is recorded.
-Place = dict[str, str | None]
-
-
-def _key(context: Any, parameters: dict[str, Any]) -> str:
-    """A result belongs to the artifact it names and the store that holds it, whichever flow run made it."""
-    where = hashlib.sha256(parameters["place"]["store_uri"].encode()).hexdigest()[:16]
-    return f"{context.task.name}-{parameters['artifact_id']}-{where}"
-
-
-#: A task that makes the artifact named by its parameter `artifact_id` in the store at its parameter `place`. Its result, a
-#: small JSON reference, is cached on that id; submit it with `refresh_cache=not store.exists(...)`, so that the cached
-#: result counts only while the artifact exists.
-artifact_task: Any = functools.partial(
-    task, cache_policy=CacheKeyFnPolicy(cache_key_fn=_key), persist_result=True, result_serializer="json"
-)
 
 
 class RunsFailed(Exception):
@@ -59,13 +40,6 @@ class RunsFailed(Exception):
         return f"{failed} of {len(self.rows)} runs failed; the others are finished and kept."
 
 
-def open_place(place: Place) -> tuple[Settings, Store]:
-    """The settings and the store of a place."""
-    settings = load_settings(place["settings_file"])
-    uri = settings.store.uri if place["store_uri"] is None else place["store_uri"]
-    return settings, Store(uri, settings.store.options)
-
-
 def plan(settings: Settings, store: Store, experiment: str | None, overrides: list[str], from_run: str | None) -> list[RunSpec]:
     """The runs asked for."""
     if from_run is None:
@@ -77,7 +51,19 @@ def plan(settings: Settings, store: Store, experiment: str | None, overrides: li
     try:
         return [artifacts.find_run_spec(store, from_run)]
     except InvalidInput:  # repeated into another store than its own
-        return [artifacts.find_run_spec(Store(settings.store.uri, settings.store.options), from_run)]
+        return [artifacts.find_run_spec(Store(settings.store.uri, settings.store.options, settings.store.cache), from_run)]
+
+
+def steps(spec: RunSpec) -> tuple[Address, Address, Address]:
+    """What a finished run has in the store: its target, its draws, its diagnosis."""
+    ids = spec.target_id, spec.run_id
+    return target_address(spec.target_id), run_address(*ids), diagnosis_address(*ids)
+
+
+def found(store: Store, specs: Sequence[RunSpec]) -> dict[Address, Manifest]:
+    """Which steps of these runs the store has; a remote one is asked for many at a time."""
+    addresses = dict.fromkeys(address for spec in specs for address in steps(spec))
+    return {manifest.address: manifest for manifest in store.manifests(addresses)}
 
 
 def publish_to_ui(key: str, rows: list[dict[str, str]], plots: dict[str, bytes], heading: str) -> None:
@@ -87,14 +73,13 @@ def publish_to_ui(key: str, rows: list[dict[str, str]], plots: dict[str, bytes],
     create_markdown_artifact(key=f"{key}-plots", markdown="\n\n".join([f"# {heading}", *images]))
 
 
-def reason(states: list[State]) -> str:
-    """Why a run failed: the message of the first of its steps that did."""
-    failed = next(state for state in states if not state.is_completed())
-    return " ".join((failed.message or failed.name or "").split())
+def reason(state: State) -> str:
+    """Why a step of a run failed, in one line."""
+    return " ".join((state.message or state.name or "").split())
 
 
 def command_line(flow: Flow[Any, Any], plan: Callable[..., list[RunSpec]], examples: str) -> int:
-    """Runs a flow from the command line; returns the exit status: 0, 1 where runs failed, 2 for wrong input."""
+    """Runs a flow from the command line; returns the exit status: 0, 1 where runs failed, 2 for wrong input or no store."""
     options = _parser(str(flow.description).split("\n\n")[0], examples).parse_args()
     arguments = (options.experiment, options.overrides, options.from_run)
     try:
@@ -106,17 +91,19 @@ def command_line(flow: Flow[Any, Any], plan: Callable[..., list[RunSpec]], examp
         if options.dry_run:
             print(report.plan_table(specs, store))
             return 0
-    except InvalidInput as error:
+    except (InvalidInput, StoreUnavailable) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    runner: Any = ThreadPoolTaskRunner(max_workers=settings.runtime.max_workers)
     name = f"{len(specs)} runs of {len({spec.target_id for spec in specs})} targets"
     code = 0
     signal.signal(signal.SIGINT, on_interrupt)
     try:
-        rows: Any = flow.with_options(task_runner=runner, flow_run_name=name)(*arguments, options.store, options.settings)
+        rows: Any = flow.with_options(flow_run_name=name)(*arguments, options.store, options.settings)
     except RunsFailed as error:
         rows, code = error.rows, 1
+    except (InvalidInput, StoreUnavailable) as error:  # an engine that does not start, a platform that is not here
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(STOPPED, file=sys.stderr)
         return 130

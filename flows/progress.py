@@ -1,4 +1,4 @@
-"""Progress of tasks as log lines, and how Ctrl-C reaches them."""
+"""Progress of tasks as log lines and progress artifacts, and how Ctrl-C and a cancelled flow run reach them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import Any
+from uuid import UUID
 
+from prefect.artifacts import create_progress_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactUpdate
+from prefect.context import TaskRunContext
 from prefect.logging import get_run_logger
 from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import get_current_settings
@@ -16,6 +22,10 @@ from lambda_hat.chunks import Progress
 from lambda_hat.settings import Settings
 
 STOPPED = "Stopped by Ctrl-C; the same command goes on from here."
+CANCELLED = "The flow run was cancelled; run again with the same parameters, it goes on from here."
+
+#: Seconds between two requests to the server about one task.
+SERVER_SECONDS = 3.0
 
 
 class Interrupted(Exception):
@@ -23,6 +33,7 @@ class Interrupted(Exception):
 
 
 _interrupt = threading.Event()
+_cancelled: set[UUID] = set()  # flow runs
 
 
 def on_interrupt(signum: int, frame: Any) -> None:
@@ -37,22 +48,56 @@ def on_interrupt(signum: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
+class _Shown:
+    """A task run's progress on the server: an artifact, once it has taken long enough to be looked at."""
+
+    def __init__(self) -> None:
+        context = TaskRunContext.get()
+        self.task_run = context.task_run if context else None  # None: the task's function, called without Prefect
+        self.artifact: Any = None  # its id
+        self.last = time.monotonic()
+
+    def update(self, percent: float | None) -> None:
+        """Shows progress, where there is some to show, and asks whether the flow run was cancelled; rarely."""
+        now, finished = time.monotonic(), percent == 100 and self.artifact is not None
+        if self.task_run is None or self.task_run.flow_run_id is None or (now - self.last < SERVER_SECONDS and not finished):
+            return
+        self.last = now
+        with suppress(Exception):  # a server that does not answer is no reason to stop sampling
+            if percent is not None and self.artifact is None:
+                self.artifact = create_progress_artifact(percent, description=self.task_run.name)
+            with get_client(sync_client=True) as client:
+                if percent is not None:
+                    client.update_artifact(self.artifact, ArtifactUpdate(data=percent))
+                state = client.read_flow_run(self.task_run.flow_run_id).state
+            # A signal reaches neither the threads of a flow run nor workers elsewhere, and who cancels may not send one.
+            if state and (state.is_cancelling() or state.is_cancelled()):
+                _cancelled.add(self.task_run.flow_run_id)
+
+    def check(self) -> None:
+        """Raises Interrupted after Ctrl-C, or if this flow run is known to be cancelled."""
+        if _interrupt.is_set():
+            raise Interrupted(STOPPED)
+        if self.task_run and self.task_run.flow_run_id in _cancelled:
+            raise Interrupted(CANCELLED)
+
+
 def log_progress(settings: Settings) -> Progress:
-    """Progress as lines in the run's log (terminal and UI), at most one every `runtime.progress_seconds`.
+    """Progress as lines in the run's log, at most one every `runtime.progress_seconds`, and as a ring in the UI.
 
     Raises:
-      Interrupted: from the callback, after Ctrl-C.
+      Interrupted: from the callback, after Ctrl-C, and within seconds after the flow run was cancelled.
     """
-    logger, last = get_run_logger(), time.monotonic()
+    logger, last, shown = get_run_logger(), time.monotonic(), _Shown()
+    interval = settings.runtime.progress_seconds
     first: tuple[int, float] | None = None  # work done and time at the first report, which follows compilation
 
     def progress(done: int, total: int, unit: str, note: str) -> None:
         nonlocal last, first
-        if _interrupt.is_set():
-            raise Interrupted(STOPPED)
+        shown.update(100 * done / total if interval else None)
+        shown.check()
         now = time.monotonic()
         first = first or (done, now)
-        interval = settings.runtime.progress_seconds
         if not interval or now - last < interval:
             return
         last = now

@@ -3,43 +3,26 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from prefect import flow
 from prefect.futures import PrefectFuture, as_completed
 from prefect.logging import get_run_logger
-from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.states import State
 
-from flows.orchestration import Place, RunsFailed, artifact_task, command_line, open_place, plan, publish_to_ui, reason
-from flows.progress import log_progress
+from flows.engines import engine, final_state, submit_ahead
+from flows.orchestration import RunsFailed, command_line, found, plan, publish_to_ui, reason, steps
+from flows.tasks import Place, build_target, diagnose, open_place, sample
 from lambda_hat import artifacts, report
-from lambda_hat.manifest import diagnosis_address, run_address, sweep_address, target_address
+from lambda_hat.manifest import Address, Manifest, sweep_address, target_address
 from lambda_hat.run import RunSpec, batches, labels
 from lambda_hat.runtime import configure
+from lambda_hat.settings import Runtime
 from lambda_hat.store import Store
 
 
-@artifact_task(name="build-target", task_run_name="build {label}")
-def build_target(artifact_id: str, label: str, spec: dict[str, Any], place: Place) -> dict[str, Any]:
-    settings, store = open_place(place)
-    return artifacts.build_target(RunSpec.from_dict(spec).target, store, log_progress(settings)).summary
-
-
-@artifact_task(name="sample", task_run_name="sample {label}")
-def sample(artifact_id: str, label: str, specs: list[dict[str, Any]], place: Place) -> list[dict[str, Any]]:
-    """A batch: runs that one program can sample together."""
-    settings, store = open_place(place)
-    manifests = artifacts.sample_batch([RunSpec.from_dict(spec) for spec in specs], store, log_progress(settings))
-    return [manifest.summary for manifest in manifests]
-
-
-@artifact_task(name="diagnose", task_run_name="diagnose {label}")
-def diagnose(artifact_id: str, label: str, spec: dict[str, Any], place: Place) -> dict[str, Any]:
-    _, store = open_place(place)
-    return artifacts.diagnose_run(RunSpec.from_dict(spec), store).summary
-
-
-@flow(name="sweep", task_runner=ThreadPoolTaskRunner(max_workers=2))  # type: ignore[arg-type]
+@flow(name="sweep")
 def sweep(
     experiment: str | None = None,
     overrides: list[str] | None = None,
@@ -63,48 +46,72 @@ def sweep(
       InvalidInput: an argument is wrong; nothing has been computed.
       RunsFailed: some runs failed; the others are finished and stored.
     """
-    logger = get_run_logger()
     settings, store = open_place({"store_uri": store_uri, "settings_file": settings_file})
-    configure(settings.runtime)
+    configure(settings.runtime, computes=settings.runtime.engine == "threads")
     specs = plan(settings, store, experiment, overrides or [], from_run)
+    place: Place = {"store_uri": store.uri, "settings_file": settings_file and str(Path(settings_file).absolute())}
+    there = found(store, specs)
     names = labels(specs)
-    place: Place = {"store_uri": store.uri, "settings_file": settings_file}
+    rows = {
+        index: report.row(names[index], spec, "cached", there[steps(spec)[-1]].summary)
+        for index, spec in enumerate(specs)
+        if all(address in there for address in steps(spec))
+    }
+    get_run_logger().info("%d of %d runs are in the store", len(rows), len(specs))
+    # Whole batches, so that a run has the same numbers wherever its batch was interrupted.
+    if todo := [batch for batch in batches(specs) if not all(index in rows for index in batch)]:
+        workers = min(settings.runtime.max_workers, len(todo))  # none that would have nothing to do
+        with engine(settings.runtime.model_copy(update={"max_workers": workers})):
+            _compute(specs, todo, rows, there, place, settings.runtime)
+    return _publish(specs, [rows[index] for index in range(len(specs))], store)
 
-    def arguments(index: int) -> tuple[Any, ...]:
-        return specs[index].run_id, " by ".join(names[index]), specs[index].model_dump(mode="json"), place
+
+def _compute(
+    specs: list[RunSpec], todo: list[list[int]], rows: dict[int, dict[str, Any]], there: dict[Address, Manifest], place: Place,
+    runtime: Runtime,
+) -> None:  # fmt: skip
+    """Adds the rows of the runs of these batches, as far as they are not there."""
+    logger, names, content = get_run_logger(), labels(specs), [spec.model_dump(mode="json") for spec in specs]
+
+    def options(*made: Address) -> dict[str, Any]:
+        exists = all(address in there for address in made)
+        return {"refresh_cache": not exists, "timeout_seconds": runtime.task_timeout_seconds or None}
 
     targets: dict[str, PrefectFuture[Any]] = {}
-    for spec, (target, _) in zip(specs, names, strict=True):
-        if spec.target_id not in targets:
-            task = build_target.with_options(refresh_cache=not store.exists(target_address(spec.target_id)))
-            targets[spec.target_id] = task.submit(spec.target_id, target, spec.model_dump(mode="json"), place)
-    exists = [[store.exists(at(spec.target_id, spec.run_id)) for at in (run_address, diagnosis_address)] for spec in specs]
+    for index in (index for batch in todo for index in batch[:1]):
+        if (target_id := specs[index].target_id) not in targets:
+            task = build_target.with_options(**options(target_address(target_id)))
+            targets[target_id] = task.submit(target_id, names[index][0], content[index], place)
     samples: dict[PrefectFuture[Any], list[int]] = {}
-    for batch in batches(specs):
+    for batch in todo:
         runs = [specs[index] for index in batch]
         label = " by ".join(names[batch[0]]) + (f" and {len(batch) - 1} more" if len(batch) > 1 else "")
-        task = sample.with_options(refresh_cache=not all(exists[index][0] for index in batch))
-        content = [spec.model_dump(mode="json") for spec in runs]
-        submitted = task.submit(artifacts.sweep_id(runs), label, content, place, wait_for=[targets[runs[0].target_id]])
-        samples[submitted] = batch
-    rows: dict[int, dict[str, Any]] = {}
-    # Each run is diagnosed here as soon as it is sampled; queued, its diagnosis would come after all sampling.
+        task = sample.with_options(**options(*(steps(run)[1] for run in runs)))
+        made = artifacts.sweep_id(runs), label, [content[index] for index in batch], place
+        samples[task.submit(*made, wait_for=[targets[runs[0].target_id]])] = batch
+    diagnoses: dict[PrefectFuture[Any], int] = {}
+
+    def finish(index: int, state: State) -> None:
+        made, result = steps(specs[index])[1:], state.result() if state.is_completed() else None
+        status = "failed" if result is None else "cached" if all(address in there for address in made) else "computed"
+        rows[index] = report.row(names[index], specs[index], status, result, "" if result else reason(state))
+        logger.info("%s by %s: %s", *names[index], status)
+
+    # Each run is diagnosed as soon as it is sampled; queued behind the others, its diagnosis would come after all sampling.
     for sampled in as_completed(list(samples)):
-        for index in samples[sampled]:
-            steps = [targets[specs[index].target_id], sampled]
-            for future in steps:
-                future.wait()  # until then it asks the server, which may not know yet
-            states = [future.state for future in steps]
-            if states[-1].is_completed():
-                task = diagnose.with_options(refresh_cache=not exists[index][1])
-                states.append(task(*arguments(index), return_state=True))
-            if states[-1].is_completed():
-                status = "cached" if all(exists[index]) else "computed"
-                rows[index] = report.row(names[index], specs[index], status, states[-1].result())
+        batch = samples[sampled]
+        built, state = final_state(targets[specs[batch[0]].target_id]), final_state(sampled)
+        for index in (index for index in batch if index not in rows):
+            task = diagnose.with_options(**options(steps(specs[index])[2]))
+            arguments = specs[index].run_id, " by ".join(names[index]), content[index], place
+            if not state.is_completed():
+                finish(index, state if built.is_completed() else built)
+            elif runtime.engine == "threads":  # of which matplotlib bears one
+                finish(index, task(*arguments, return_state=True))
             else:
-                rows[index] = report.row(names[index], specs[index], "failed", None, reason(states))
-            logger.info("%s by %s: %s", *names[index], rows[index]["status"])
-    return _publish(specs, [rows[index] for index in range(len(specs))], store)
+                diagnoses[submit_ahead(task, *arguments)] = index
+    for diagnosed in as_completed(list(diagnoses)):
+        finish(diagnoses[diagnosed], final_state(diagnosed))
 
 
 def _publish(specs: list[RunSpec], rows: list[dict[str, Any]], store: Store) -> list[dict[str, Any]]:

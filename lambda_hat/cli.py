@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import os
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lambda_hat import __version__, gallery
-from lambda_hat.manifest import Address, ArtifactError, diagnosis_address
+from lambda_hat.manifest import Address, ArtifactError, Manifest, StoreUnavailable, diagnosis_address
 from lambda_hat.settings import load_settings
 from lambda_hat.spec import InvalidInput, dotted
 from lambda_hat.store import Store
@@ -31,17 +33,22 @@ KINDS = {"targets": "target", "runs": "run", "sweeps": "sweep"}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status: 0, 1 where `verify` finds damage, 2 for wrong input."""
+    """Runs the command; returns its exit status: 0, 1 where `verify` or `pull` finds damage, 2 for wrong input or no store, 130
+    after Ctrl-C.
+    """
     options = _parser().parse_args(arguments)
     try:
         settings = load_settings(options.settings)
         uri = settings.store.uri if options.store is None else options.store
-        status = options.run(Store(uri, settings.store.options), options)
+        status = options.run(Store(uri, settings.store.options, settings.store.cache), options)
         sys.stdout.flush()
         return status
-    except (InvalidInput, ArtifactError) as error:
+    except (InvalidInput, ArtifactError, StoreUnavailable) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Stopped by Ctrl-C.", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -107,8 +114,34 @@ def _parser() -> argparse.ArgumentParser:
     promote.add_argument("--plot", metavar="NAME", nargs="+", default=[], help="only these plots, e.g. trace llc_convergence")
     promote.set_defaults(run=_promote)
 
+    pull = _command(
+        commands, "pull", [common], "copy artifacts to another store, a folder say",
+        "Copies a target with its runs and their diagnoses, a run with its target and its diagnosis, a sweep with all it\n"
+        "compares; without ID, everything. What is there is skipped, so the same command goes on where it was stopped.",
+        "lambda-hat pull --store s3://bucket/prefix --to results",
+        "lambda-hat pull swp_12 tgt_0a1b --to results",
+    )  # fmt: skip
+    pull.add_argument("ids", nargs="*", metavar="ID", help="an id, or the beginning of one (default: all)")
+    pull.add_argument("--to", metavar="URI", required=True, help="a folder, made if need be, or any other store")
+    pull.add_argument("--json", action="store_true", help="print JSON")
+    pull.set_defaults(run=_pull)
+
     verify = commands.add_parser("verify", parents=[common], help="check every byte of every artifact against its SHA-256")
     verify.set_defaults(run=_verify)
+
+    gc = _command(
+        commands, "gc", [common], "remove what killed work has left behind",
+        "Files no manifest names, temporary files, checkpoints of finished work and unfinished uploads to S3. Results stay,\n"
+        "and so do checkpoints of unfinished work.",
+        "lambda-hat gc --dry-run",
+        "lambda-hat gc --older-than 1",
+    )  # fmt: skip
+    gc.add_argument("--dry-run", action="store_true", help="only list them")
+    gc.add_argument(
+        "--older-than", metavar="HOURS", type=_hours, default=24.0,
+        help="only what nobody wrote to for so long; what is being written now must not be removed (default: 24)",
+    )  # fmt: skip
+    gc.set_defaults(run=_gc)
     return parser
 
 
@@ -124,6 +157,16 @@ def _kind(text: str) -> str:
     if text not in KINDS:
         raise argparse.ArgumentTypeError(f"a kind is one of {', '.join(KINDS)}; got {text!r}")
     return text
+
+
+def _hours(text: str) -> float:
+    try:
+        hours = float(text)
+    except ValueError:
+        hours = math.nan
+    if not 0 <= hours <= 1e6:
+        raise argparse.ArgumentTypeError(f"hours are a number from 0 to a million; got {text!r}")
+    return hours
 
 
 def _ls(store: Store, options: argparse.Namespace) -> int:
@@ -246,6 +289,51 @@ def _write(output: str, content: bytes) -> None:
         raise InvalidInput(f"--output must name a file that can be written; got {output!r}: {error}.") from None
 
 
+def _pull(store: Store, options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    to = Store(options.to)
+    chosen = [part for text in options.ids for part in store.related(store.find(text))]
+    manifests = store.manifests(dict.fromkeys(chosen) if options.ids else store.addresses())
+    if not manifests:
+        raise InvalidInput(f"There must be an artifact to copy; there is none in {store.uri}. Name the store with --store URI.")
+
+    def copy(manifest: Manifest) -> int | ArtifactError | None:
+        try:
+            return to.copy(manifest.address, store)
+        except ArtifactError as error:
+            return error
+
+    copied, present, damaged = [], 0, 0
+    sizes = [sum(file.size for file in manifest.files) for manifest in manifests]
+    with tqdm(total=sum(sizes), unit="B", unit_scale=True, disable=None) as bar, ThreadPoolExecutor(4) as pool:
+        for manifest, size, done in zip(manifests, sizes, pool.map(copy, manifests), strict=True):
+            bar.update(size)
+            if isinstance(done, ArtifactError):
+                damaged += 1
+                bar.write(f"damaged: {manifest.kind} {manifest.id}: {done}", file=sys.stderr)
+            elif done is None:
+                present += 1
+            else:
+                copied.append(done)
+    if options.json:
+        counts = {"copied": len(copied), "present": present, "damaged": damaged, "bytes": sum(copied)}
+        print(json.dumps(counts | {"to": to.uri}))
+    else:
+        print(f"{len(copied)} artifacts copied, {present} were there, {damaged} damaged, in {to.uri}")
+    return 1 if damaged else 0
+
+
+def _gc(store: Store, options: argparse.Namespace) -> int:
+    verb = "would be removed" if options.dry_run else "removed"
+    count = total = 0
+    for path, num_bytes in store.clean(options.older_than, options.dry_run):
+        print(f"{verb}: {path}, {num_bytes} bytes")
+        count, total = count + 1, total + num_bytes
+    print(f"{count} leftovers of {total} bytes {verb}, in {store.uri}")
+    return 0
+
+
 def _verify(store: Store, options: argparse.Namespace) -> int:
     checked = damaged = 0
     for address, problem in store.verify():
@@ -253,6 +341,10 @@ def _verify(store: Store, options: argparse.Namespace) -> int:
         if problem is not None:
             damaged += 1
             print(f"damaged: {address.kind} {address.id}: {problem}")
+    if not checked:
+        raise InvalidInput(
+            f"There must be an artifact to check; there is none in {store.uri}. Name the store with --store URI."
+        )
     print(f"{checked} artifacts checked, {damaged} damaged, in {store.uri}")
     return 1 if damaged else 0
 

@@ -31,6 +31,10 @@ class ArtifactError(Exception):
     """An artifact is absent or damaged. The message states the rule, what was found and the remedy."""
 
 
+class StoreUnavailable(Exception):
+    """The storage below a store does not answer, or refuses access. The message states the rule, what failed and the remedy."""
+
+
 @dataclass(frozen=True)
 class Address:
     """Where an artifact is, checked so that no id can lead out of the store. Made by the functions below.

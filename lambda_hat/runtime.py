@@ -10,12 +10,17 @@ from lambda_hat.settings import Runtime
 from lambda_hat.spec import InvalidInput
 
 
-def configure(runtime: Runtime) -> None:
+def configure(runtime: Runtime, computes: bool = True) -> None:
     """Applies the settings to this process; call before the first computation.
+
+    Args:
+      computes: whether it is for targets and draws. A process that has others do that leaves the GPUs to them.
 
     Raises:
       InvalidInput: the platform asked for is not here.
     """
+    if not computes:
+        runtime = runtime.model_copy(update={"platform": "cpu"})
     # Or JAX's CPU device would run the programs of all threads one after another.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     # On GPUs JAX would multiply float32 matrices in TF32, ten bits of mantissa: losses near zero would be noise.

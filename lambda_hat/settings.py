@@ -13,9 +13,9 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 from pydantic_settings.exceptions import SettingsError
 
@@ -47,6 +47,7 @@ class Store(Section):
 
     uri: str = Field(default="lambda_hat_store", min_length=1, description="a folder or any fsspec URI")
     options: dict[str, Any] = Field(default={}, description="passed to fsspec")
+    cache: str = Field(default="~/.cache/lambda_hat/targets", description="folder of fetched targets; empty = none")
 
 
 class Runtime(Section):
@@ -56,7 +57,19 @@ class Runtime(Section):
     platform: Literal["auto", "cpu", "gpu", "tpu"] = Field(default="auto", description="JAX platform; auto = the best there is")
     compilation_cache: str = Field(default="~/.cache/lambda_hat/jax", description="folder of compiled programs; empty = none")
     progress_seconds: float = Field(default=10.0, ge=0, description="seconds between progress lines; 0 = none")
-    max_workers: int = Field(default=2, ge=1, description="runs computed at a time")
+    engine: Literal["threads", "processes", "dask", "slurm"] = Field(default="threads", description="where tasks run")
+    max_workers: int = Field(default=2, ge=1, description="tasks at a time; a standing Dask cluster has its own number")
+    dask_address: str = Field(default="", description="of engine dask: the scheduler of a standing cluster, tcp://host:port")
+    slurm: dict[str, Any] = Field(default={}, description="of engine slurm: arguments of dask_jobqueue.SLURMCluster")
+    task_timeout_seconds: float = Field(default=0.0, ge=0, description="after which a task fails; 0 = no limit")
+
+    @model_validator(mode="after")
+    def _engine_has_its_settings(self) -> Self:
+        if self.engine == "dask" and not self.dask_address:
+            raise ValueError("engine = 'dask' needs dask_address = 'tcp://host:port', the scheduler's; got ''")
+        if self.engine == "slurm" and "memory" not in self.slurm:
+            raise ValueError(f"engine = 'slurm' needs a table slurm with memory = '4GB' or so, of a worker; got {self.slurm}")
+        return self
 
 
 class Preset(BaseModel):

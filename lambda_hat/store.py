@@ -18,13 +18,14 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
@@ -36,8 +37,11 @@ from lambda_hat.manifest import (
     Kind,
     Manifest,
     StoredFile,
+    StoreUnavailable,
     check_name,
+    diagnosis_address,
     parse_manifest,
+    run_address,
     sha256,
     sweep_address,
     target_address,
@@ -48,36 +52,54 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _PARALLEL_REQUESTS = 16  # a remote store answers in tens of milliseconds: one manifest at a time is slow
+_PARALLEL_FILES = 4  # each is in memory as a whole
+
+_S3 = ("s3://", "s3a://")
+_ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+#: What work that was killed may leave behind. `clean` looks at nothing else.
+_LEFT = re.compile(
+    r"(?P<folder>targets/tgt_[0-9a-f]{16}(/runs/run_[0-9a-f]{16}(/diagnosis[^/]*)?)?|sweeps/swp_[0-9a-f]{16})"
+    r"/(?P<what>files/[0-9a-f]{32}(?=/)|checkpoint$|(manifest\.json|checkpoint)\.[0-9a-f]{32}\.tmp$)"
+)
+
+T = TypeVar("T")
 
 
 class Store:
     """Artifacts below one fsspec URI. `options` go to its filesystem (endpoint, credentials, ...).
 
-    A relative local path is resolved once, here. Errors of the storage or the network other than "not there" pass through every
-    method as the filesystem raises them.
+    A relative local path is resolved once, here. Files of targets that are read from a remote store are kept in this machine's
+    folder `cache` under their SHA-256, which is checked whenever they are read from there; "" keeps none.
+
+    Every method raises StoreUnavailable where the storage fails. S3 is asked once here, before any work.
 
     Raises:
-      InvalidInput: the URI is empty or names no folder, its protocol is unknown, or the package for it is not installed.
+      InvalidInput: the URI is empty or names no folder, its protocol or one of the options is unknown, or the package for it is
+        not installed.
+      StoreUnavailable: S3 does not answer, refuses the credentials, or has no such bucket.
     """
 
-    def __init__(self, uri: str, options: dict[str, Any] | None = None) -> None:
+    def __init__(self, uri: str, options: dict[str, Any] | None = None, cache: str = "~/.cache/lambda_hat/targets") -> None:
         if not uri.strip() or uri.endswith("://"):
             raise InvalidInput(
                 f"A store's URI names a folder; got {uri!r}: use a path like ./artifacts, or s3://bucket/folder."
             )
         try:
-            # The cache of listings would hide what other processes publish.
-            self._fs, path = url_to_fs(uri, **{**(options or {}), "use_listings_cache": False})
-        except (ValueError, ImportError, TypeError) as error:
+            self._fs, path = url_to_fs(uri, **_with_defaults(uri, options or {}))
+            self._local = isinstance(self._fs, LocalFileSystem)
+            self._cache = Path(cache).expanduser() if cache and not self._local else None
+            self._root = path.rstrip("/")
+            self.uri: str = self._shown(self._root)
+            if uri.startswith(_S3):
+                self._check_access(url_to_fs(uri, **_with_defaults(uri, options or {}, retries=1))[0])
+        except (ValueError, ImportError, TypeError, KeyError) as error:
             raise InvalidInput(
                 f"A store's URI must be one fsspec can open with its options; got {uri!r}: {error}. "
-                "Use a local path or s3://bucket/folder, or install the package the message names."
+                "Use a local path or s3://bucket/folder, correct [store.options], or install the package the message names."
             ) from error
-        self._local = isinstance(self._fs, LocalFileSystem)
-        if self._local and Path(path).exists() and not Path(path).is_dir():
+        if self._local and self._call(os.path.exists, path) and not os.path.isdir(path):
             raise InvalidInput(f"A local store is a folder; got {uri!r}, which is a file: name another path.")
-        self._root = path.rstrip("/")
-        self.uri: str = self._shown(self._root)
 
     def publish(
         self, address: Address, files: Mapping[str, bytes], *, spec: dict[str, Any], summary: dict[str, Any]
@@ -117,7 +139,7 @@ class Store:
         except BaseException:
             if not maybe_named:
                 with contextlib.suppress(Exception):
-                    self._fs.rm(folder, recursive=True)
+                    self._remove(folder, [f"{folder}/{name}" for name in files])
             raise
         return manifest
 
@@ -127,6 +149,11 @@ class Store:
             return self._load(address)
         except ArtifactError:
             return None
+
+    def manifests(self, addresses: Iterable[Address]) -> list[Manifest]:
+        """Of those artifacts that are there, in this order."""
+        with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
+            return [manifest for manifest in pool.map(self.manifest, addresses) if manifest is not None]
 
     def exists(self, address: Address) -> bool:
         return self.manifest(address) is not None
@@ -138,7 +165,18 @@ class Store:
           ArtifactError: there is no valid artifact or no such file in it, or its bytes are not those that were published.
         """
         manifest = self._load(address)
-        return self._read(manifest, manifest.file(name))
+        file = manifest.file(name)
+        if self._cache is None or address.kind != "target":
+            return self._read(manifest, file)
+        cached = self._cache / file.sha256
+        with contextlib.suppress(OSError):
+            data = cached.read_bytes()
+            if sha256(data) == file.sha256:
+                return data
+        data = self._read(manifest, file)
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the run
+            _write(cached, data)
+        return data
 
     def url(self, address: Address, name: str) -> str:
         """Where one published file lies, to show to people: a path in a local store, a URI elsewhere.
@@ -162,7 +200,7 @@ class Store:
     def clear_checkpoint(self, address: Address) -> None:
         """Removes the checkpoint, if there is one."""
         with contextlib.suppress(FileNotFoundError):
-            self._fs.rm_file(self._path(address, "checkpoint"))
+            self._call(self._fs.rm_file, self._path(address, "checkpoint"))
 
     def catalogue(self, kind: Kind) -> pd.DataFrame:
         """One row for each valid artifact of a kind, oldest first.
@@ -173,10 +211,8 @@ class Store:
         """
         import pandas as pd
 
-        with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
-            manifests = [manifest for manifest in pool.map(self.manifest, self._addresses(kind)) if manifest is not None]
         rows = []
-        for manifest in sorted(manifests, key=lambda manifest: (manifest.created_at, manifest.id)):
+        for manifest in sorted(self.manifests(self._addresses(kind)), key=lambda manifest: (manifest.created_at, manifest.id)):
             head = manifest.model_dump(include={"id", "target_id", "created_at", "spec"})
             rows.append(head | manifest.summary | head)
         if not rows:
@@ -185,18 +221,95 @@ class Store:
 
     def verify(self) -> Iterator[tuple[Address, str | None]]:
         """Checks every byte of everything that has a manifest, valid or not; yields its address and what is wrong, or None."""
-        for kind in KINDS:
-            for address in self._addresses(kind):
-                if not self._fs.exists(self._path(address, "manifest.json")):
+        addresses = self.addresses()
+        with ThreadPoolExecutor(_PARALLEL_FILES) as pool:
+            for address, (is_there, problem) in zip(addresses, pool.map(self._verify, addresses), strict=True):
+                if is_there:
+                    yield address, problem
+
+    def _verify(self, address: Address) -> tuple[bool, str | None]:
+        """Whether it has a manifest, and what is wrong."""
+        text = self._cat(self._path(address, "manifest.json"))
+        if text is None:
+            return False, None
+        try:
+            manifest = self._check(address, text)
+            for file in manifest.files:
+                self._read(manifest, file)
+        except ArtifactError as error:
+            return True, str(error)
+        return True, None
+
+    def copy(self, address: Address, source: Store) -> int | None:
+        """Copies another store's artifact as it is, its manifest last; returns how many bytes it took, None where it is here.
+
+        Raises:
+          ArtifactError: the other store has no such artifact, or it is damaged.
+        """
+        if self.exists(address):
+            return None
+        text, num_bytes = source._text(address), 0
+        manifest = source._check(address, text)
+        for file in manifest.files:
+            try:
+                self._read(manifest, file)  # a copy that was cut off has left it
+            except ArtifactError:
+                self._put(self._file_path(manifest, file), source._read(manifest, file))
+                num_bytes += file.size
+        self._put(self._path(address, "manifest.json"), text)
+        return num_bytes
+
+    def clean(self, hours: float, dry_run: bool = False) -> Iterator[tuple[str, int]]:
+        """Removes what killed work has left and nobody wrote to for so many hours: attempts no manifest names, temporary files,
+        checkpoints of finished work, unfinished uploads to S3. With `dry_run` it only names them.
+
+        What a manifest names stays, checkpoints of unfinished work stay, and so does everything the store did not write.
+
+        Yields:
+          Path and bytes of each thing removed; an unfinished upload's bytes are not known, and 0.
+        """
+        before = datetime.now(UTC) - timedelta(hours=hours)
+        for path, files in self._left_behind():
+            with contextlib.suppress(FileNotFoundError):  # its writer was faster
+                if max(self._call(self._fs.modified, file) for file in files) > before:
                     continue
-                try:
-                    manifest = self._load(address)
-                    for file in manifest.files:
-                        self._read(manifest, file)
-                except ArtifactError as error:
-                    yield address, str(error)
-                else:
-                    yield address, None
+                num_bytes = sum(self._call(self._fs.sizes, files))
+                if not dry_run:
+                    self._remove(path, files)
+                yield self._shown(path), num_bytes
+        if self.uri.startswith(_S3):
+            bucket, _, prefix = self._root.partition("/")
+            for upload in self._call(self._fs.list_multipart_uploads, bucket):
+                if upload["Key"].startswith(f"{prefix}/" if prefix else "") and upload["Initiated"] <= before:
+                    if not dry_run:
+                        self._call(self._fs.abort_mpu, bucket, upload["Key"], upload["UploadId"])
+                    yield f"s3://{bucket}/{upload['Key']}, upload {upload['UploadId']}", 0
+
+    def _left_behind(self) -> Iterator[tuple[str, list[str]]]:
+        """Files and folders of attempts that no manifest names or needs, and the files in each."""
+        found: dict[str, dict[str, list[str]]] = {}
+        for path in self._call(self._fs.find, self._root):
+            if match := _LEFT.match(path[len(self._root) + 1 :]):
+                found.setdefault(match["folder"], {}).setdefault(match["what"], []).append(path)
+        with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
+            for (folder, left), unneeded in zip(found.items(), pool.map(self._unneeded, found, found.values()), strict=True):
+                for what in unneeded:
+                    yield f"{self._root}/{folder}/{what}", left[what]
+
+    def _unneeded(self, folder: str, left: Collection[str]) -> list[str]:
+        """Of what is left in an artifact's folder, what its manifest does not name, or nothing will go on from."""
+        text = self._cat(f"{self._root}/{folder}/manifest.json")
+        if text is None:
+            return [what for what in left if what != "checkpoint"]
+        try:
+            content = json.loads(text)
+            needed = {f"files/{content['attempt']}"}
+            address = Address(content["kind"], content["id"], content["target_id"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return []  # it is damaged and does not say what it names
+        if "checkpoint" in left and not self.exists(address):
+            needed.add("checkpoint")  # its files are gone: it is being computed again
+        return [what for what in left if what not in needed]
 
     def find(self, text: str) -> Address:
         """The target, run or sweep whose id is `text` or, it alone, begins with it. A run is found without its target's id.
@@ -218,6 +331,27 @@ class Store:
             )
         return found[0]
 
+    def related(self, address: Address) -> list[Address]:
+        """A target, run or sweep with what it is made from and what is made from it, published or not: a target with its runs
+        and their diagnoses, a run with its target and its diagnosis, a sweep with the targets, runs and diagnoses it compares.
+        """
+        if address.kind == "target":
+            runs = [run_address(address.id, run_id) for run_id in self._ids(f"{address.folder}/runs", "run")]
+        elif address.kind == "run":
+            runs = [address]
+        else:
+            run_ids = set(self._load(address).spec["run_ids"])
+            runs = [run for run in self._addresses("run") if run.id in run_ids]
+        found = {address: None}
+        for run in runs:
+            target_id = str(run.target_id)
+            found |= dict.fromkeys([target_address(target_id), run, diagnosis_address(target_id, run.id)])
+        return list(found)
+
+    def addresses(self) -> list[Address]:
+        """Of everything that has a folder, published or not."""
+        return [address for kind in KINDS for address in self._addresses(kind)]
+
     def _addresses(self, kind: Kind) -> list[Address]:
         """Of everything that has a folder, published or not."""
         if kind == "sweep":
@@ -232,13 +366,16 @@ class Store:
 
     def _ids(self, folder: str, prefix: str) -> list[str]:
         try:
-            paths = self._fs.ls(f"{self._root}/{folder}", detail=False)
-        except (FileNotFoundError, NotADirectoryError):
+            paths = self._call(self._fs.ls, f"{self._root}/{folder}", detail=False)
+        except _ABSENT:
             return []
         names = (path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
         return sorted(name for name in names if ID_PATTERN.fullmatch(name) and name.startswith(prefix))
 
     def _load(self, address: Address) -> Manifest:
+        return self._check(address, self._text(address))
+
+    def _text(self, address: Address) -> bytes:
         path = self._path(address, "manifest.json")
         text = self._cat(path)
         if text is None:
@@ -246,24 +383,37 @@ class Store:
                 f"An artifact is there once its manifest is; found none at {self._shown(path)}. "
                 "Compute it, or list what is there with `lambda-hat ls`."
             )
+        return text
+
+    def _check(self, address: Address, text: bytes) -> Manifest:
+        """Parses a manifest, and looks for every file it names."""
         try:
             manifest = parse_manifest(text, address)
         except (ValueError, RecursionError) as error:
+            path = self._shown(self._path(address, "manifest.json"))
             raise ArtifactError(
-                f"A manifest must be whole, unedited and in its place; {self._shown(path)} is not: {error}. Compute it again."
+                f"A manifest must be whole, unedited and in its place; {path} is not: {error}. Compute it again."
             ) from error
-        for file in manifest.files:
-            path = self._file_path(manifest, file)
-            try:
-                found = f"{self._fs.info(path)['size']} bytes"
-            except (FileNotFoundError, NotADirectoryError):
-                found = "no file"
-            if found != f"{file.size} bytes":
+        paths = [self._file_path(manifest, file) for file in manifest.files]
+        try:
+            sizes = self._call(self._fs.sizes, paths)
+        except _ABSENT:
+            sizes = [self._size(path) for path in paths]
+        for path, file, size in zip(paths, manifest.files, sizes, strict=True):
+            if size != file.size:
+                found = "no file" if size is None else f"{size} bytes"
                 raise ArtifactError(
                     f"Every file of an artifact must have the size its manifest says, {file.size} bytes; "
                     f"found {found} at {self._shown(path)}. Compute it again."
                 )
         return manifest
+
+    def _size(self, path: str) -> int | None:
+        """None: there is no such file."""
+        try:
+            return self._call(self._fs.size, path)
+        except _ABSENT:
+            return None
 
     def _read(self, manifest: Manifest, file: StoredFile) -> bytes:
         path = self._file_path(manifest, file)
@@ -289,23 +439,89 @@ class Store:
     def _cat(self, path: str) -> bytes | None:
         """None: there is no such file."""
         try:
-            return self._fs.cat_file(path)
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return self._call(self._fs.cat_file, path)
+        except _ABSENT:
             return None
 
     def _put(self, path: str, data: bytes) -> None:
         """Writes or replaces a file in one step for its readers."""
-        if not self._local:
-            self._fs.pipe_file(path, data)
-            return
-        temporary = Path(f"{path}.{uuid.uuid4().hex}.tmp")
-        temporary.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())  # or a power cut could keep the manifest and lose what it names
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
+            if self._local:
+                self._call(_write, Path(path), data)
+            else:
+                self._call(self._fs.pipe_file, path, data)
+        except _ABSENT as error:  # no bucket, or a file where a folder is needed
+            raise self._unavailable(error) from error
+
+    def _remove(self, path: str, files: Iterable[str]) -> None:
+        """A file, or a folder and the files in it."""
+        if self._local:
+            self._call(self._fs.rm, path, recursive=True)
+        else:
+            for file in files:  # `rm` would take a * or [ in the store's own name for a pattern
+                self._call(self._fs.rm_file, file)
+
+    def _check_access(self, probe: AbstractFileSystem) -> None:
+        """A missing bucket would look like an empty store."""
+        bucket, _, prefix = self._root.partition("/")
+        probe.retries = 1  # s3fs's own, around those of botocore
+        try:
+            self._call(probe.call_s3, "list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1)
+        except FileNotFoundError as error:
+            raise self._unavailable(error) from error
+
+    def _call(self, operation: Callable[..., T], *arguments: Any, **options: Any) -> T:
+        """What an operation of the filesystem returns. "Not there" is no failure and passes."""
+        try:
+            return operation(*arguments, **options)
+        except (*_ABSENT, TypeError, ValueError):
             raise
+        except Exception as error:  # each filesystem has its own, which need not be OSErrors
+            raise self._unavailable(error) from error
+
+    def _unavailable(self, error: Exception) -> StoreUnavailable:
+        kind = type(error).__name__
+        if self._local:
+            remedy = "Check the folder's permissions and the space on its disk, or name another folder."
+        elif isinstance(error, PermissionError) or "Credential" in kind or "Profile" in kind or "Token" in kind:
+            remedy = (
+                "Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or key and secret in [store.options], "
+                "that they may list, read and write there, and the endpoint."
+            )
+        elif isinstance(error, FileNotFoundError) or kind == "ParamValidationError":
+            bucket = self._root.partition("/")[0]
+            remedy = f"Correct the bucket's name or the endpoint, or make the bucket: aws s3 mb s3://{bucket}."
+        else:
+            remedy = (
+                "Check the network, endpoint and region (AWS_ENDPOINT_URL, AWS_DEFAULT_REGION, or endpoint_url in "
+                "[store.options]), and call again: what is finished is kept."
+            )
+        what = " ".join(str(error).split()).rstrip(".") or kind
+        return StoreUnavailable(f"The storage of a store must answer and grant access; {self.uri} does not: {what}. {remedy}")
+
+
+def _with_defaults(uri: str, options: dict[str, Any], retries: int = 5) -> dict[str, Any]:
+    """Options of the filesystem. The cache of listings would hide what other processes publish. On S3, short timeouts and, with
+    pauses that grow to 16 s, retries that outlast a server's restart, unless the options or AWS's variables ask for others."""
+    options = options | {"use_listings_cache": False}
+    if uri.startswith(_S3):
+        config: dict[str, Any] = {"connect_timeout": 3, "read_timeout": 20}
+        if not {"AWS_RETRY_MODE", "AWS_MAX_ATTEMPTS"} & os.environ.keys():
+            config["retries"] = {"mode": "standard", "max_attempts": retries}
+        options["config_kwargs"] = config | options.get("config_kwargs", {})
+    return options
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Writes or replaces a local file in one step for its readers."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could keep the manifest and lose what it names
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -342,6 +342,61 @@ def test_verify(run, store, tmp_path):
     assert run("verify", store_uri=str(copy)).status == 1
 
 
+def files(root: str | Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in Path(root).rglob("*") if path.is_file()}
+
+
+def test_pull_everything(run, store, tmp_path):
+    count = len(TARGETS) + len(RUNS) + len(SPECS) + 1
+    result = run("pull", "--to", "here")
+    here = str(tmp_path / "here")
+    assert (result.status, result.out) == (0, f"{count} artifacts copied, 0 were there, 0 damaged, in {here}\n")
+    assert files(here) == files(store.uri)
+    assert run("pull", "--to", "here").out == f"0 artifacts copied, {count} were there, 0 damaged, in {here}\n"
+    assert run("results", store_uri=here).out == run("results").out
+    assert run("report", "--output", "report.html", store_uri=here).status == 0
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ([BOWL.target_id], ["t0", "r0", "d0", "r1", "d1", "r3"]),
+        ([SPECS[2].run_id], ["t1", "r2", "d2"]),
+        ([SPECS[2].run_id, RAW.run_id], ["t1", "r2", "d2", "t0", "r3"]),
+        (["swp_"], ["s", "t0", "t1", "r0", "d0", "r1", "d1", "r2", "d2"]),
+    ],
+    ids=["target", "run", "two runs", "sweep"],
+)
+def test_pull_some(run, store, tmp_path, ids, expected):
+    """What an id is made from and what is made from it, and nothing else."""
+    places = {"s": sweep_address(SWEEP).folder}
+    places |= {f"t{index}": target_address(target_id).folder for index, target_id in enumerate(TARGETS)}
+    for index, spec in enumerate([*SPECS, RAW]):
+        places[f"r{index}"] = run_address(spec.target_id, spec.run_id).folder
+        places[f"d{index}"] = diagnosis_address(spec.target_id, spec.run_id).folder
+    result = run("pull", *ids, "--to", "here", "--json")
+    assert result.status == 0
+    assert json.loads(result.out)["copied"] == len(expected)
+    copied = files(tmp_path / "here")
+    assert copied == {path: files(store.uri)[path] for path in copied}
+    assert {path.removesuffix("/manifest.json") for path in copied if path.endswith("/manifest.json")} == {
+        places[name] for name in expected
+    }
+
+
+def test_gc(run, store, tmp_path):
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", store.uri, copy], check=True)
+    left = copy / run_address(RAW.target_id, RAW.run_id).folder / "checkpoint"
+    left.write_bytes(bytes(10))
+    assert run("gc", store_uri=str(copy)).out == f"0 leftovers of 0 bytes removed, in {copy}\n"
+    would = f"would be removed: {left}, 10 bytes\n1 leftovers of 10 bytes would be removed, in {copy}\n"
+    assert run("gc", "--dry-run", "--older-than", "0", store_uri=str(copy)).out == would
+    assert left.exists()
+    assert run("gc", "--older-than", "0", store_uri=str(copy)).out == would.replace("would be ", "")
+    assert files(copy) == files(store.uri)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -360,6 +415,8 @@ def test_verify(run, store, tmp_path):
         (["report", "--output", "no/such/x.html"], ["--output must name a file", "no/such/x.html"]),
         (["promote", "--plot", "nonsense"], ["There must be a plot", "--plot choose"]),
         (["promote", "--to", "settings.toml"], ["--to must name a folder", "settings.toml"]),
+        (["pull", "--to", "settings.toml"], ["A local store is a folder", "settings.toml"]),
+        (["pull", "run_0000000000000000", "--to", "here"], ["fits none"]),
         (["ls", "--settings", "absent.toml"], ["absent.toml", "Give the path of a settings.toml"]),
     ],
 )
@@ -381,7 +438,9 @@ def test_refused(run, arguments, words):
     ],
 )
 @pytest.mark.parametrize(
-    "command", [["ls"], ["show", "run_"], ["results"], ["report"], ["promote"], ["verify"]], ids=lambda command: command[0]
+    "command",
+    [["ls"], ["show", "run_"], ["results"], ["report"], ["promote"], ["pull", "--to", "x"], ["verify"], ["gc"]],
+    ids=lambda command: command[0],
 )
 def test_bad_store_is_refused(run, command, uri, words):
     result = run(*command, store_uri=uri)
@@ -397,6 +456,10 @@ def test_bad_store_is_refused(run, command, uri, words):
         (["results", "--format", "xml"], "'xml' (choose from"),
         (["destroy"], "'destroy' (choose from"),
         (["show"], "required: ID"),
+        (["pull"], "required: --to"),
+        (["gc", "--older-than", "soon"], "hours are a number from 0 to a million; got 'soon'"),
+        (["gc", "--older-than", "nan"], "got 'nan'"),
+        (["gc", "--older-than=-1"], "got '-1'"),
         (["ls", "--jason"], "unrecognized arguments: --jason"),
         ([], "required: COMMAND"),
     ],
@@ -416,7 +479,13 @@ def test_empty_store(run, tmp_path):
     assert run("results", store_uri=empty).out == f"no results in {empty}; python flows/sweep.py makes some\n"
     assert json.loads(run("results", "--format", "json", store_uri=empty).out) == []
     assert run("results", "--format", "csv", store_uri=empty).out == "id,target_id,created_at\n"
-    assert run("verify", store_uri=empty).out == f"0 artifacts checked, 0 damaged, in {empty}\n"
+    result = run("verify", store_uri=empty)
+    assert (result.status, result.out) == (2, "")
+    assert f"there is none in {empty}. Name the store with --store URI" in result.err
+    assert run("gc", store_uri=empty).out == f"0 leftovers of 0 bytes removed, in {empty}\n"
+    result = run("pull", "--to", "here", store_uri=empty)
+    assert result.status == 2
+    assert f"there is none in {empty}" in result.err
     assert "there is none in" in run("report", store_uri=empty).err
     assert "There must be a plot" in run("promote", store_uri=empty).err
     result = run("show", RUNS[0], store_uri=empty)
@@ -437,7 +506,9 @@ def test_store_of_the_settings(run, store, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["ls"], ["show"], ["results"], ["report"], ["promote"], ["verify"]], ids=lambda command: " ".join(command)
+    "command",
+    [[], *([name] for name in ("ls", "show", "results", "report", "promote", "pull", "verify", "gc"))],
+    ids=lambda command: " ".join(command),
 )
 def test_help(run, command):
     result = run(*command, "--help", store_uri=None)

@@ -48,11 +48,13 @@ def test_environment_over_file(settings_file, monkeypatch):
     monkeypatch.setenv("LAMBDA_HAT_RUNTIME__PRECISION", "float64")
     monkeypatch.setenv("LAMBDA_HAT_RUNTIME__MAX_WORKERS", "8")
     monkeypatch.setenv("LAMBDA_HAT_RUNTIME__COMPILATION_CACHE", "")
+    monkeypatch.setenv("LAMBDA_HAT_RUNTIME__SLURM", '{"memory": "4GB", "job_cpu": 8}')
     monkeypatch.setenv("LAMBDA_HAT_STORE__OPTIONS", '{"anon": true}')
     monkeypatch.setenv("LAMBDA_HAT_STORE__OPTIONS__NESTED__C", "text")
     settings = load_settings(settings_file)
     assert settings.runtime.precision == "float64"
     assert settings.runtime.max_workers == 8
+    assert settings.runtime.slurm == {"memory": "4GB", "job_cpu": 8}
     assert settings.runtime.compilation_cache == ""
     # What the environment does not name stays as the file has it.
     assert (settings.runtime.platform, settings.store.uri) == ("cpu", "from-file")
@@ -81,6 +83,11 @@ def test_where_the_file_is(tmp_path, monkeypatch, settings_file):
         ("store.options = 3", ["store.options must be a table of fields", "got 3"]),
         ("runtime.precision = 'float16'", ["runtime.precision must be 'float32' or 'float64'", "got 'float16'", "my.toml"]),
         ("runtime.max_workers = 0", ["runtime.max_workers must be greater than or equal to 1", "got 0"]),
+        ("runtime.engine = 'gpu'", ["runtime.engine must be 'threads', 'processes', 'dask' or 'slurm'; got 'gpu'"]),
+        ("runtime.engine = 'dask'", ["runtime: engine = 'dask' needs dask_address", "tcp://host:port"]),
+        ("runtime.engine = 'slurm'", ["runtime: engine = 'slurm' needs", "memory = '4GB'", "got {}"]),
+        ("runtime.slurm = 'gpu'", ["runtime.slurm must be a table of fields", "got 'gpu'"]),
+        ("runtime.task_timeout_seconds = -1", ["runtime.task_timeout_seconds must be greater than or equal to 0; got -1"]),
         ("runtime.progress_seconds = nan", ["runtime.progress_seconds must be greater than or equal to 0", "got nan"]),
         ("[presets.samplers.x]\nkind = 'sgld'", ["presets.samplers is no field", "Did you mean 'sampler'?"]),
         ("[presets.sampler]\nx = 3", ["presets.sampler.x must be a table of fields", "got 3"]),

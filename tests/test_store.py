@@ -19,7 +19,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from lambda_hat.arrays import pack_arrays, unpack_arrays
-from lambda_hat.manifest import Address, ArtifactError, diagnosis_address, run_address, sweep_address, target_address
+from lambda_hat.manifest import (
+    Address,
+    ArtifactError,
+    StoreUnavailable,
+    diagnosis_address,
+    run_address,
+    sweep_address,
+    target_address,
+)
 from lambda_hat.spec import ALGORITHM_VERSION, ID_PATTERN, InvalidInput, canonical_json
 from lambda_hat.store import Store
 
@@ -390,18 +398,18 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     script = f"""
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-from lambda_hat.manifest import target_address
+from lambda_hat.manifest import StoreUnavailable, target_address
 from lambda_hat.store import Store
 store, address = Store({str(tmp_path / "store")!r}), target_address({TARGET!r})
 for files, summary in [({{"small": b"x", "big": bytes(1_000_000)}}, {{}}), ({{"small": b"x"}}, {{"text": "x" * 1_000_000}})]:
     try:
         store.publish(address, files, spec={{}}, summary=summary)
-    except OSError as error:
-        print(type(error).__name__, error.errno, store.exists(address), list(store.verify()))
+    except StoreUnavailable as error:
+        print(type(error.__cause__).__name__, error.__cause__.errno, store.exists(address), list(store.verify()))
 store.save_checkpoint(address, b"first")
 try:
     store.save_checkpoint(address, bytes(1_000_000))
-except OSError:
+except StoreUnavailable:
     print(store.load_checkpoint(address))
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=True)
@@ -439,7 +447,7 @@ def unreliable():
 @pytest.mark.parametrize("fails_at", [1, 2, 3, 4])
 def test_a_put_that_fails_shows_all_or_nothing(unreliable, fails_at, arrives):
     Unreliable.fails_at, Unreliable.arrives = fails_at, arrives
-    with pytest.raises(TimeoutError):
+    with pytest.raises(StoreUnavailable, match=r"unreliable://x does not: no answer\. Check the network"):
         unreliable.publish(ADDRESSES[0], FILES, spec=SPEC, summary={})
     published = fails_at == 4 and arrives
     assert unreliable.exists(ADDRESSES[0]) is published
@@ -454,8 +462,122 @@ def test_an_unreachable_store_is_an_error_not_an_absence(tmp_path, monkeypatch):
     store = Store("unreliable://x")
     monkeypatch.setattr(Unreliable, "cat_file", lambda self, path, **_: (_ for _ in ()).throw(TimeoutError("no answer")))
     for call in (store.exists, store.manifest, store.load_checkpoint):
-        with pytest.raises(TimeoutError):
+        with pytest.raises(StoreUnavailable, match="no answer"):
             call(ADDRESSES[0])
+
+
+def test_a_folder_that_cannot_be_used_says_so(tmp_path):
+    """A file stands where the store needs a folder; a folder where it needs a file."""
+    store = Store(str(tmp_path / "store"))
+    (tmp_path / "store").write_text("a file")
+    with pytest.raises(StoreUnavailable, match=r"store does not: .*Check the folder's permissions and the space on its disk"):
+        store.publish(ADDRESSES[0], FILES, spec={}, summary={})
+    (tmp_path / "store").unlink()
+    (folder(store, ADDRESSES[1]) / "checkpoint").mkdir(parents=True)
+    with pytest.raises(StoreUnavailable, match="Is a directory"):
+        store.save_checkpoint(ADDRESSES[1], b"draws")
+
+
+# What killed work leaves
+
+
+def test_clean(local):
+    for address in ADDRESSES:
+        local.publish(address, FILES, spec={}, summary={})
+    before = everything(local.uri)
+    left = [
+        f"{ADDRESSES[0].folder}/files/{'0' * 32}/params.npz",
+        f"{ADDRESSES[1].folder}/files/{'1' * 32}/params.npz.{'2' * 32}.tmp",
+        f"{ADDRESSES[2].folder}/manifest.json.{'3' * 32}.tmp",
+        f"{ADDRESSES[1].folder}/checkpoint",
+        f"{target_address(OTHER_TARGET).folder}/runs/{RUN}/diagnosis/files/{'4' * 32}/plots/trace.png",
+    ]
+    kept = [
+        f"{run_address(TARGET, OTHER_RUN).folder}/checkpoint",
+        f"{ADDRESSES[0].folder}/notes.tmp",
+        f"{ADDRESSES[0].folder}/files/mine/params.npz",
+        f"targets/mine/files/{'5' * 32}/params.npz",
+        "checkpoint",
+    ]
+    for path in [*left, *kept]:
+        file = Path(local.uri, path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"12345")
+        os.utime(file, (1e9, 1e9))
+    fresh = f"{ADDRESSES[0].folder}/files/{'6' * 32}/params.npz"  # of an artifact that is being made again
+    Path(local.uri, fresh).parent.mkdir()
+    Path(local.uri, fresh).write_bytes(b"")
+    named = {f"{local.uri}/{path.split('/params.npz')[0].split('/plots')[0]}" for path in left}
+    assert {path for path, _ in local.clean(24, dry_run=True)} == named
+    assert everything(local.uri) == {*before, *left, *kept, fresh}
+    assert dict(local.clean(24)) == dict.fromkeys(named, 5)
+    assert everything(local.uri) == {*before, *kept, fresh}
+    assert not any(Path(path).exists() for path in named)
+    assert [problem for _, problem in local.verify()] == [None] * 4
+    assert [path for path, _ in local.clean(0)] == [f"{local.uri}/{fresh.removesuffix('/params.npz')}"]
+    assert list(local.clean(0)) == []
+
+
+def test_clean_leaves_what_a_damaged_manifest_may_name(local):
+    local.publish(ADDRESSES[0], FILES, spec={}, summary={})
+    for text in (b"", b"[]", b"{", b"\xff", b"{}"):
+        (folder(local, ADDRESSES[0]) / "manifest.json").write_bytes(text)
+        assert list(local.clean(0)) == []
+
+
+def test_clean_leaves_the_checkpoint_of_work_done_again(local):
+    local.publish(ADDRESSES[1], FILES, spec={}, summary={})
+    local.save_checkpoint(ADDRESSES[1], b"draws")
+    Path(local.url(ADDRESSES[1], "params.npz")).unlink()
+    assert list(local.clean(0)) == []
+    assert local.load_checkpoint(ADDRESSES[1]) == b"draws"
+
+
+def test_clean_takes_no_name_for_a_pattern(tmp_path):
+    """`*` and `[]` in a store's name stand for themselves."""
+    for store, other in (
+        (Store(str(tmp_path / "a*[b]")), Store(str(tmp_path / "a1b"))),
+        (Store("memory://a*[b]"), Store("memory://a1b")),
+    ):
+        for each in (store, other):
+            each.publish(ADDRESSES[0], FILES, spec={}, summary={})
+            path = f"{each._path(ADDRESSES[0])}/files/{'0' * 32}/params.npz"
+            each._fs.makedirs(path.rsplit("/", 1)[0])
+            each._fs.pipe_file(path, b"12345")
+        assert [size for _, size in store.clean(0)] == [5]
+        assert [size for _, size in other.clean(0, dry_run=True)] == [5]
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
+
+
+def test_clean_of_an_absent_store(store):
+    assert list(store.clean(0)) == []
+
+
+# Copies
+
+
+def test_related(store):
+    runs = [run_address(TARGET, RUN), run_address(TARGET, OTHER_RUN), run_address(OTHER_TARGET, OTHER_RUN)]
+    for address in [*runs, target_address(TARGET), diagnosis_address(TARGET, RUN)]:
+        store.publish(address, {}, spec={}, summary={})
+    store.publish(sweep_address(SWEEP), {}, spec={"run_ids": [OTHER_RUN]}, summary={})
+    both = [(run, diagnosis_address(run.target_id, run.id)) for run in runs]
+    targets = [target_address(TARGET), target_address(OTHER_TARGET)]
+    assert set(store.related(targets[0])) == {targets[0], *both[0], *both[1]}
+    assert set(store.related(runs[2])) == {targets[1], *both[2]}
+    assert set(store.related(sweep_address(SWEEP))) == {sweep_address(SWEEP), *targets, *both[1], *both[2]}
+
+
+def test_copy(store, local):
+    store.publish(ADDRESSES[2], FILES, spec=SPEC, summary={"llc": 2.5})
+    assert local.copy(ADDRESSES[2], store) == sum(map(len, FILES.values()))
+    assert local.manifest(ADDRESSES[2]) == store.manifest(ADDRESSES[2])
+    assert list(local.verify()) == [(ADDRESSES[2], None)]
+    assert local.copy(ADDRESSES[2], store) is None
+    with pytest.raises(ArtifactError, match="found none"):
+        local.copy(ADDRESSES[0], store)
+    assert not folder(local, target_address(TARGET)).joinpath("manifest.json").exists()
 
 
 # Two writers

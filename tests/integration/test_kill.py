@@ -1,22 +1,15 @@
 """A sweep killed with SIGKILL, its server with it, again and again, ends with the numbers of one that was never disturbed."""
 
-import contextlib
-import json
-import os
 import re
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from places import NUMBERS, Place, made
 
-from flows.progress import STOPPED
 from lambda_hat import artifacts, report
 from lambda_hat.cli import main
-from lambda_hat.manifest import Address, Manifest, diagnosis_address, run_address
+from lambda_hat.manifest import Address, diagnosis_address, run_address
 from lambda_hat.plan import make_plan
 from lambda_hat.run import RunSpec, labels
 from lambda_hat.settings import load_settings
@@ -27,8 +20,6 @@ pytestmark = [
     pytest.mark.timeout(600),
     pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes left behind in /proc"),
 ]
-
-CHECKOUT = Path(__file__).parents[2]
 
 # Every run takes a second or more, so that a kill finds it at work.
 SETTINGS = """
@@ -67,104 +58,7 @@ num_draws = 5000
 sweeps = [["target=bowl,net", "sampler=sgld,hmc,mclmc"]]
 """
 
-#: Of a row, what does not depend on the time it took.
-NUMBERS = ("run_id", "llc", "mcse", "llc_per_chain", "ess_bulk", "rhat", "acceptance_rate", "init_loss", "verdict")
-
 CHECKPOINTS = "targets/*/runs/*/checkpoint"
-
-
-def processes(group: int) -> list[str]:
-    """Command lines of the live processes of a process group."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            state, _, process_group, *_ = (folder / "stat").read_text().rsplit(")", 1)[1].split()
-            if int(process_group) == group and state != "Z":
-                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-    return found
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen, log: Path, seconds: float = 180) -> None:
-    """Until the condition holds, while the process runs."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        running = process.poll() is None
-        assert running, f"the sweep ended before what was waited for:\n{log.read_text()[-3000:]}"
-        assert time.monotonic() < deadline, f"waited in vain:\n{log.read_text()[-3000:]}"
-        time.sleep(0.01)
-
-
-class Place:
-    """One store, and the program that fills it; `python flows/sweep.py` in a process group of its own."""
-
-    def __init__(self, folder: Path, name: str, settings: Path) -> None:
-        self.store, self.settings = Store(str(folder / name)), settings
-        self.logs, self.name = folder, name
-        self.environment = {
-            name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "LAMBDA_HAT_", "JAX_"))
-        } | {"PREFECT_HOME": str(folder / "prefect")}
-        self.count = 0
-
-    @contextlib.contextmanager
-    def sweep(self) -> Iterator[tuple[subprocess.Popen, Path]]:
-        """The running program and its log; at the end it and all it started are gone."""
-        self.count += 1
-        log = self.logs / f"{self.name}-{self.count}.log"
-        command = [sys.executable, "flows/sweep.py", "--json", "--settings", str(self.settings), "--store", self.store.uri]
-        with log.open("wb") as stderr, log.with_suffix(".json").open("wb") as stdout:
-            process = subprocess.Popen(
-                command, cwd=CHECKOUT, env=self.environment, stdout=stdout, stderr=stderr, start_new_session=True
-            )
-        try:
-            yield process, log
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait(timeout=30)
-            deadline = time.monotonic() + 30
-            while (left := processes(process.pid)) and time.monotonic() < deadline:
-                time.sleep(0.01)
-            assert left == []
-
-    def finish(self) -> tuple[list[dict], str]:
-        """Runs the program to its end: rows and log. It takes its server with it."""
-        with self.sweep() as (process, log):
-            assert process.wait(timeout=240) == 0, log.read_text()[-3000:]
-            assert processes(process.pid) == []
-        return json.loads(log.with_suffix(".json").read_text()), log.read_text()
-
-    def stop_when(self, condition: Callable[[], bool], how: signal.Signals) -> str:
-        """Starts the program and signals it, and its server, as soon as the condition holds; returns its log."""
-        with self.sweep() as (process, log):
-            wait_for(condition, process, log)
-            assert any("uvicorn" in command for command in processes(process.pid))
-            os.killpg(process.pid, how)
-            status = process.wait(timeout=30)
-            if how == signal.SIGINT:  # as Ctrl-C in a terminal
-                assert status == 130
-                assert processes(process.pid) == []
-                assert STOPPED in log.read_text()
-            else:
-                assert status == -how
-        return log.read_text()
-
-    def published(self) -> dict[Address, Manifest]:
-        """All that is finished; every byte of it is checked."""
-        problems = dict(self.store.verify())
-        assert [problem for problem in problems.values() if problem] == []
-        found = {address: self.store.manifest(address) for address in problems}
-        return {address: manifest for address, manifest in found.items() if manifest is not None}
-
-    def has(self, pattern: str, size: int = 0) -> bool:
-        """Whether the store has a file like this, larger than `size`."""
-        with contextlib.suppress(FileNotFoundError):
-            return any(path.stat().st_size > size for path in Path(self.store.uri).glob(pattern))
-        return False
-
-
-def made(published: dict[Address, Manifest]) -> dict[Address, tuple[str, str]]:
-    """When each was made, and in which attempt: what is made again differs in both."""
-    return {address: (manifest.created_at, manifest.attempt) for address, manifest in published.items()}
 
 
 def share_done(store: Store, spec: RunSpec) -> float:

@@ -1,0 +1,82 @@
+"""The tasks of the corridor: target, draws, diagnosis. Each makes one artifact, or finds it, and is cached on its id."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.client.schemas import TaskRun
+from prefect.states import State
+from prefect.task_engine import TaskRunTimeoutError
+from prefect.tasks import exponential_backoff
+
+from flows.progress import log_progress
+from lambda_hat import artifacts
+from lambda_hat.manifest import StoreUnavailable
+from lambda_hat.run import RunSpec
+from lambda_hat.runtime import configure
+from lambda_hat.settings import Settings, load_settings
+from lambda_hat.store import Store
+
+#: Names of a store and a settings file, None for the default ones. A task is told no more, so no credential is recorded.
+Place = dict[str, str | None]
+
+
+def open_place(place: Place) -> tuple[Settings, Store]:
+    """The settings and the store of a place."""
+    settings = load_settings(place["settings_file"])
+    uri = settings.store.uri if place["store_uri"] is None else place["store_uri"]
+    return settings, Store(uri, settings.store.options, settings.store.cache)
+
+
+def _key(context: Any, parameters: dict[str, Any]) -> str:
+    """A result belongs to the artifact it names and the store that holds it, whichever flow run made it."""
+    where = hashlib.sha256(parameters["place"]["store_uri"].encode()).hexdigest()[:16]
+    return f"{context.task.name}-{parameters['artifact_id']}-{where}"
+
+
+def worth_retrying(task: Any, task_run: TaskRun, state: State) -> bool:
+    """Whether the same call may succeed later: after errors of storage and network, not after those of input or code."""
+    from aiohttp import ClientError
+    from botocore.exceptions import ConnectionError, HTTPClientError
+
+    error: Any = state.data
+    if isinstance(error, StoreUnavailable):
+        error = error.__cause__
+    lasting = FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, TaskRunTimeoutError
+    return isinstance(error, OSError | ClientError | ConnectionError | HTTPClientError) and not isinstance(error, lasting)
+
+
+#: A task that makes the artifact named by its parameter `artifact_id` in the store at its parameter `place`. Its result, a
+#: small JSON reference, is cached on that id; submit it with `refresh_cache=not store.exists(...)`, so that the cached
+#: result counts only while the artifact exists. Errors of storage and network are tried again for half a minute.
+artifact_task: Any = functools.partial(
+    task, cache_policy=CacheKeyFnPolicy(cache_key_fn=_key), persist_result=True, result_serializer="json",
+    retries=4, retry_delay_seconds=exponential_backoff(2), retry_jitter_factor=0.3, retry_condition_fn=worth_retrying,
+)  # fmt: skip
+
+
+@artifact_task(name="build-target", task_run_name="build {label}")
+def build_target(artifact_id: str, label: str, spec: dict[str, Any], place: Place) -> dict[str, Any]:
+    settings, store = open_place(place)
+    configure(settings.runtime)  # the process may be a worker's
+    return artifacts.build_target(RunSpec.from_dict(spec).target, store, log_progress(settings)).summary
+
+
+@artifact_task(name="sample", task_run_name="sample {label}")
+def sample(artifact_id: str, label: str, specs: list[dict[str, Any]], place: Place) -> list[dict[str, Any]]:
+    """A batch: runs that one program can sample together."""
+    settings, store = open_place(place)
+    configure(settings.runtime)
+    manifests = artifacts.sample_batch([RunSpec.from_dict(spec) for spec in specs], store, log_progress(settings))
+    return [manifest.summary for manifest in manifests]
+
+
+@artifact_task(name="diagnose", task_run_name="diagnose {label}")
+def diagnose(artifact_id: str, label: str, spec: dict[str, Any], place: Place) -> dict[str, Any]:
+    settings, store = open_place(place)
+    configure(settings.runtime)
+    return artifacts.diagnose_run(RunSpec.from_dict(spec), store).summary

@@ -1,0 +1,83 @@
+"""Sweeps on Dask: a standing cluster gives the numbers of threads; workers that die are survived or reported."""
+
+import contextlib
+import os
+import sys
+
+import pytest
+from prefect import flow, task
+from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+from sweeps import Sweeps, environment, free_port, prefect_server, program, wait_for
+
+from flows.engines import engine, final_state
+from lambda_hat.settings import Runtime
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("dask")
+
+
+@pytest.fixture(scope="module")
+def sweeps(folder):
+    with prefect_server(folder) as url:
+        yield Sweeps(folder, url)
+
+
+@pytest.fixture
+def cluster(folder):
+    """The address of a scheduler with two workers, each a process with one thread for tasks, and the workers' logs."""
+    address = f"tcp://127.0.0.1:{free_port()}"
+    port = address.rsplit(":", 1)[1]
+    env = environment(folder / "elsewhere")  # Prefect's results, kept there, are not the flow's to read
+    dask = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", port, "--no-dashboard"]
+    worker = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--no-dashboard"]
+    logs = [folder / f"dask-worker-{index}.log" for index in range(2)]
+    with contextlib.ExitStack() as stack:
+        scheduler = stack.enter_context(program(folder / "scheduler.log", *dask, env=env))
+        wait_for(lambda: "Scheduler at" in (folder / "scheduler.log").read_text(), scheduler, folder / "scheduler.log")
+        for log in logs:
+            process = stack.enter_context(program(log, *worker, "--local-directory", str(folder), env=env))
+            wait_for(lambda log=log: "Registered to" in log.read_text(), process, log)
+        yield address, logs
+
+
+def test_a_standing_cluster_gives_the_numbers_of_threads(sweeps, cluster):
+    address, logs = cluster
+    threads = sweeps.finish("threads")
+    on_dask = {"LAMBDA_HAT_RUNTIME__ENGINE": "dask", "LAMBDA_HAT_RUNTIME__DASK_ADDRESS": address}
+    dask = sweeps.finish("dask", **on_dask)
+    assert (threads.status, dask.status) == (0, 0)
+    assert [row["status"] for row in dask.rows] == ["computed"] * 4
+    sweeps.assert_same_draws("threads", "dask")
+    assert all("Task run 'sample " in log.read_text() for log in logs), "one worker had all the work"
+    # Of a failed target the other's runs know nothing.
+    failed = sweeps.finish("dask", "--experiment", "diverges", **on_dask)
+    assert failed.status == 1
+    assert [row["status"] for row in failed.rows] == ["failed", "cached"]
+    assert "FloatingPointError" in failed.rows[0]["remedy"]
+
+
+@task
+def die():
+    os._exit(1)
+
+
+@task
+def live():
+    return "alive"
+
+
+@flow
+def one_dies():
+    with engine(Runtime(engine="processes", platform="cpu")):
+        return [final_state(future) for future in (die.submit(), live.submit())]
+
+
+def test_a_task_that_kills_its_workers_fails_alone(sweeps, folder):
+    with temporary_settings({PREFECT_API_URL: sweeps.url, PREFECT_HOME: folder / "prefect"}):
+        dead, alive = one_dies()
+    assert (dead.name, alive.name) == ("Crashed", "Completed")
+    assert "worker died" in dead.message
