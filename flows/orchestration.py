@@ -66,11 +66,14 @@ def found(store: Store, specs: Sequence[RunSpec]) -> dict[Address, Manifest]:
     return {manifest.address: manifest for manifest in store.manifests(addresses)}
 
 
-def publish_to_ui(key: str, rows: list[dict[str, str]], plots: dict[str, bytes], heading: str) -> None:
-    """Shows a results table and plots in the Prefect UI, as artifacts `key` and `key-plots`."""
-    create_table_artifact(key=key, table=rows, description=heading)
+def publish_to_ui(key: str, rows: list[dict[str, str]], plots: dict[str, bytes], heading: str, page: str) -> None:
+    """Shows a results table and plots in the Prefect UI, as artifacts `key` and `key-plots`; says where the report is."""
+    # Cells are Markdown, in which a dash alone is a bullet.
+    cells = [{name: "–" if text == "-" else text for name, text in row.items()} for row in rows]
+    create_table_artifact(key=key, table=cells, description=heading)
     images = [f"## {name}\n![{name}](data:image/png;base64,{base64.b64encode(png).decode()})" for name, png in plots.items()]
-    create_markdown_artifact(key=f"{key}-plots", markdown="\n\n".join([f"# {heading}", *images]))
+    where = [f"Report, one HTML file: `{page}`"] if page else []
+    create_markdown_artifact(key=f"{key}-plots", markdown="\n\n".join([*where, *images]), description=heading)
 
 
 def reason(state: State) -> str:
@@ -98,7 +101,8 @@ def command_line(flow: Flow[Any, Any], plan: Callable[..., list[RunSpec]], examp
     code = 0
     signal.signal(signal.SIGINT, on_interrupt)
     try:
-        rows: Any = flow.with_options(flow_run_name=name)(*arguments, options.store, options.settings)
+        given = (*arguments, options.store, options.settings)
+        rows: Any = flow.with_options(flow_run_name=name)(*("" if value is None else value for value in given))
     except RunsFailed as error:
         rows, code = error.rows, 1
     except (InvalidInput, StoreUnavailable) as error:  # an engine that does not start, a platform that is not here

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +25,20 @@ from lambda_hat.store import Store
 
 @flow(name="sweep")
 def sweep(
-    experiment: str | None = None,
-    overrides: list[str] | None = None,
-    from_run: str | None = None,
-    store_uri: str | None = None,
-    settings_file: str | None = None,
+    experiment: str = "",
+    overrides: Sequence[str] = (),
+    from_run: str = "",
+    store_uri: str = "",
+    settings_file: str = "",
 ) -> list[dict[str, Any]]:
     """Builds targets, samples them and diagnoses the runs; computes only what the store does not hold.
 
     Args:
-      experiment: a named experiment of the settings; "default" if none is named.
-      overrides: KEY=VALUE strings, as on the command line, e.g. "sampler.sgld.step_size=1e-5,1e-6".
-      from_run: the id of a finished run to repeat, in place of experiment and overrides.
-      store_uri: where artifacts go, in place of the settings' store.
-      settings_file: settings file, in place of ./settings.toml.
+      experiment: A named experiment of the settings; "default" if none is named.
+      overrides: KEY=VALUE each, as on the command line: "target=mlp-small,dln" or "sampler.sgld.step_size=1e-5,1e-6".
+      from_run: The id of a finished run to repeat, in place of experiment and overrides.
+      store_uri: Where artifacts go, a folder or s3://bucket/prefix, in place of the settings' store.
+      settings_file: A settings file, in place of ./settings.toml.
 
     Returns:
       A row per run: its diagnosis, ids and status (computed, cached).
@@ -46,10 +47,10 @@ def sweep(
       InvalidInput: an argument is wrong; nothing has been computed.
       RunsFailed: some runs failed; the others are finished and stored.
     """
-    settings, store = open_place({"store_uri": store_uri, "settings_file": settings_file})
+    settings, store = open_place({"store_uri": store_uri or None, "settings_file": settings_file or None})
     configure(settings.runtime, computes=settings.runtime.engine == "threads")
-    specs = plan(settings, store, experiment, overrides or [], from_run)
-    place: Place = {"store_uri": store.uri, "settings_file": settings_file and str(Path(settings_file).absolute())}
+    specs = plan(settings, store, experiment or None, list(overrides), from_run or None)
+    place: Place = {"store_uri": store.uri, "settings_file": str(Path(settings_file).absolute()) if settings_file else None}
     there = found(store, specs)
     names = labels(specs)
     rows = {
@@ -117,16 +118,17 @@ def _compute(
 def _publish(specs: list[RunSpec], rows: list[dict[str, Any]], store: Store) -> list[dict[str, Any]]:
     """The finished runs' plots to the store, and with the table to the UI; returns the rows or raises RunsFailed."""
     finished = [spec for spec, row in zip(specs, rows, strict=True) if row["status"] != "failed"]
-    heading, plots = f"{len(finished)} of {len(rows)} runs finished", {}
+    heading, plots, page = f"{len(finished)} of {len(rows)} runs finished", {}, ""
     try:
         if finished:
             manifest = artifacts.publish_sweep(finished, store)
             names = [file.name for file in manifest.files if file.name.endswith(".png")]
             plots = {name: store.read(sweep_address(manifest.id), name) for name in names}
+            page = store.url(sweep_address(manifest.id), "report.html")
     except Exception as error:  # a damaged trace, a plot that fails: there is a table all the same
         heading += f"; no plots: {error}"
         get_run_logger().error(heading)
-    publish_to_ui("sweep-results", report.table(rows), plots, heading)
+    publish_to_ui("sweep-results", report.table(rows), plots, heading, page)
     if len(finished) < len(rows):
         raise RunsFailed(rows)
     return rows
