@@ -131,11 +131,13 @@ def cases() -> Iterator[Case]:
             continue
         target = {"family": "dln", "widths": widths, "rank": rank, "data": {"n_data": HELD}}
         name = f"{'-'.join(map(str, widths))} rank {rank}"
+        samplers = [NUTS, SGHMC, SGLD]
         if size > LARGE:
             samplers = [FAR, FAR_SGHMC | {"num_burnin_steps": 200_000, "num_draws": 1000, "num_chains": 2}]
-        else:
-            exact = CROSSING if size < 4 else NUTS
-            samplers = [exact, FAR_SGHMC, FAR_SGLD] if len(widths) > 3 or size < 4 else [exact, SGHMC, SGLD]
+        elif size < 4:
+            samplers = [CROSSING, SGHMC | {"num_draws": 80_000}, SGLD | {"num_draws": 80_000}]
+        elif len(widths) > 3 and 0 < rank < min(widths):
+            samplers = [NUTS, FAR_SGHMC, FAR_SGLD]
         yield Case(
             "deep_linear", name, target, {"nbeta": NBETA},
             lambda results, row=row, target=target: deep_linear_expected(results, row, target), samplers,

@@ -15,7 +15,6 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.context import TaskRunContext
 from prefect.logging import get_run_logger
-from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import get_current_settings
 
 from lambda_hat.chunks import Progress
@@ -42,7 +41,8 @@ def on_interrupt(signum: int, frame: Any) -> None:
         # The same Ctrl-C has ended the embedded server, and Prefect would try for minutes to send it its last events.
         # Nothing is lost: artifacts are published whole, and sampling has a recent checkpoint.
         print(STOPPED, file=sys.stderr, flush=True)
-        SubprocessASGIServer().stop()
+        if server := sys.modules.get("prefect.server.api.server"):  # else none has been started, and importing it takes long
+            server.SubprocessASGIServer().stop()
         os._exit(130)
     _interrupt.set()  # for the tasks' threads, which no signal reaches
     raise KeyboardInterrupt

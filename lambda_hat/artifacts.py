@@ -204,12 +204,12 @@ def find_run_spec(store: Store, text: str) -> RunSpec:
 
 def diagnose_run(spec: RunSpec, store: Store) -> Manifest:
     """Diagnoses the run, or finds its diagnosis of this version: result.json (also the summary) and the run's plots."""
-    from lambda_hat.diagnostics import diagnose
-    from lambda_hat.plots import RUN_PLOTS, draw
-
     address = diagnosis_address(spec.target_id, spec.run_id)
     if (manifest := store.manifest(address)) is not None:
         return manifest
+    from lambda_hat.diagnostics import diagnose
+    from lambda_hat.plots import RUN_PLOTS, draw
+
     trace = load_trace(store, spec)
     diagnosis = diagnose(spec, trace, _metrics(spec, store))
     result = diagnosis.to_dict()
@@ -230,13 +230,13 @@ def publish_sweep(specs: Sequence[RunSpec], store: Store) -> Manifest:
     Raises:
       ArtifactError: a run or its diagnosis is damaged.
     """
+    address = sweep_address(sweep_id(specs))
+    if (manifest := store.manifest(address)) is not None:
+        return manifest
     from lambda_hat.diagnostics import Diagnosis
     from lambda_hat.html import MAX_RUN_PLOT_BYTES, ReportRun, ReportTarget, sweep_report
     from lambda_hat.plots import SWEEP_PLOTS, TARGET_PLOTS, draw
 
-    address = sweep_address(sweep_id(specs))
-    if (manifest := store.manifest(address)) is not None:
-        return manifest
     named = sorted(zip(labels(specs), specs, strict=True), key=lambda run: run[1].target_id)
     runs: list[ReportRun] = []
     targets: dict[str, ReportTarget] = {}
