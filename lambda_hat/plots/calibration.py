@@ -80,11 +80,15 @@ def _marks(maps: Sequence[Cells]) -> dict[str, str]:
 def _map(fig: Figure, ax: Axes, field: str, cells: Cells, name: str, title: str) -> None:
     xs, ys = _axes(cells)
     values = np.full((len(ys), len(xs)), np.nan)
+    trusted = []
     for (x, y), of in cells.items():
         known = [value for found in of if (value := getattr(found, name)) is not None]
         values[ys.index(y), xs.index(x)] = np.mean(known) if known else np.nan
-    image = ax.imshow(values, origin="lower", aspect="auto", cmap="viridis")
-    fig.colorbar(image, ax=ax)
+        trusted += known if all(found.verdict == "ok" for found in of) else []
+    # One run that left w* would take all the colours.
+    top = max(trusted) if name == "llc" and trusted else None
+    image = ax.imshow(values, origin="lower", aspect="auto", cmap="viridis", vmax=top)
+    fig.colorbar(image, ax=ax, extend="max" if top is not None and np.nanmax(values) > top else "neither")
     ax.set_facecolor(EXACT)  # where there is no value
     if max(values.shape) <= MAX_NUMBERS:
         for (row, column), value in np.ndenumerate(values):

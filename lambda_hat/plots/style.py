@@ -24,7 +24,7 @@ Run = tuple[RunSpec, Trace, Diagnosis]
 #: Okabe & Ito's colours for all kinds of sight, less yellow, too pale for a line, and black, the pooled estimate's.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 STYLES = ("-", "-.", ":")
-MARKERS = ("o", "s", "^", "D", "v", "P")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "*", "h")
 POOLED, EXACT = "black", "#666666"
 
 #: Dots per inch of a file.
