@@ -63,16 +63,16 @@ def sweep(
     if todo := [batch for batch in batches(specs) if not all(index in rows for index in batch)]:
         workers = min(settings.runtime.max_workers, len(todo))  # none that would have nothing to do
         with engine(settings.runtime.model_copy(update={"max_workers": workers})):
-            _compute(specs, todo, rows, there, place, settings.runtime)
+            _compute(specs, names, todo, rows, there, place, settings.runtime)
     return _publish(specs, [rows[index] for index in range(len(specs))], store)
 
 
 def _compute(
-    specs: list[RunSpec], todo: list[list[int]], rows: dict[int, dict[str, Any]], there: dict[Address, Manifest], place: Place,
-    runtime: Runtime,
+    specs: list[RunSpec], names: list[tuple[str, str]], todo: list[list[int]], rows: dict[int, dict[str, Any]],
+    there: dict[Address, Manifest], place: Place, runtime: Runtime,
 ) -> None:  # fmt: skip
     """Adds the rows of the runs of these batches, as far as they are not there."""
-    logger, names, content = get_run_logger(), labels(specs), [spec.model_dump(mode="json") for spec in specs]
+    logger, content = get_run_logger(), [spec.model_dump(mode="json") for spec in specs]
 
     def options(*made: Address) -> dict[str, Any]:
         exists = all(address in there for address in made)

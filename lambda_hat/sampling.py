@@ -236,7 +236,7 @@ def lane_width(num_runs: int, params_star: Params, num_chains: int) -> int:
     On CPUs, whose caches the chains of a step must fit to be read at their speed, few; more would also need more memory. Groups
     are of equal width, so that all have one program.
     """
-    chains = num_chains * sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params_star))
+    chains = num_chains * sum(leaf.nbytes for leaf in jax.tree.leaves(params_star))
     if jax.default_backend() == "cpu":
         most = max(1, CACHE_BYTES // chains)
     else:

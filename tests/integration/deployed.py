@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,8 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import httpx
-
-CHECKOUT = Path(__file__).parents[2]
+from programs import CHECKOUT, environment, free_ports
 
 T = TypeVar("T")
 
@@ -28,12 +26,6 @@ def documented(section: str) -> list[str]:
     return [
         line for block in re.findall(r"^```shell\n(.*?)^```", body, re.DOTALL | re.MULTILINE) for line in block.splitlines()
     ]
-
-
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]
 
 
 def wait_for(condition: Callable[[], T], what: str, seconds: float = 120) -> T:
@@ -49,14 +41,10 @@ class Terminals:
     """The terminals of someone who follows the document, in one folder and one environment."""
 
     def __init__(self, folder: Path, store_uri: str) -> None:
-        self.folder, self.port, self.running = folder, free_port(), list[subprocess.Popen]()
-        outside = {
-            name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "LAMBDA_HAT_", "JAX_"))
-        }
-        self.environment = outside | {
+        [self.port], self.folder, self.running = free_ports(1), folder, list[subprocess.Popen]()
+        self.environment = environment(folder) | {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "COLUMNS": "250",
-            "PREFECT_HOME": str(folder / "prefect"),
             "PREFECT_SERVER_API_PORT": str(self.port),
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_WORKER_QUERY_SECONDS": "1",

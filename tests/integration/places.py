@@ -10,14 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from programs import CHECKOUT, environment, wait_for
+
 from flows.progress import STOPPED
 from lambda_hat.manifest import Address, Manifest
 from lambda_hat.store import Store
-
-CHECKOUT = Path(__file__).parents[2]
-
-#: Of a row, what does not depend on the time it took.
-NUMBERS = ("run_id", "llc", "mcse", "llc_per_chain", "ess_bulk", "rhat", "acceptance_rate", "init_loss", "verdict")
 
 
 def processes(group: int) -> dict[int, str]:
@@ -31,25 +28,13 @@ def processes(group: int) -> dict[int, str]:
     return found
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen, log: Path, seconds: float = 180) -> None:
-    """Until the condition holds, while the process runs."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        running = process.poll() is None
-        assert running, f"the sweep ended before what was waited for:\n{log.read_text()[-3000:]}"
-        assert time.monotonic() < deadline, f"waited in vain:\n{log.read_text()[-3000:]}"
-        time.sleep(0.01)
-
-
 class Place:
     """One store, and the program that fills it; `python flows/sweep.py` in a process group of its own."""
 
     def __init__(self, folder: Path, name: str, settings: Path) -> None:
         self.store, self.settings = Store(str(folder / name)), settings
         self.logs, self.name = folder, name
-        self.environment = {
-            name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "LAMBDA_HAT_", "JAX_"))
-        } | {"PREFECT_HOME": str(folder / "prefect")}
+        self.environment = environment(folder)
         self.before: list[str] = []  # words before the command
         self.count = 0
 

@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from programs import free_ports
+
 PROGRAMS = ("munged", "mungekey", "slurmctld", "slurmd", "sbatch")
 
 CONFIGURATION = """\
@@ -57,14 +59,6 @@ def _path() -> str:
     return f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(contextlib.closing(socket.socket())) for _ in range(count)]
-        for sock in sockets:
-            sock.bind(("127.0.0.1", 0))
-        return [sock.getsockname()[1] for sock in sockets]
-
-
 @contextlib.contextmanager
 def running(folder: Path) -> Iterator[dict[str, str]]:
     """Yields the environment in which sbatch, squeue and scancel talk to it; at the end all of it is gone."""
@@ -73,7 +67,7 @@ def running(folder: Path) -> Iterator[dict[str, str]]:
     folder.chmod(0o755)  # or munged refuses its socket's folder
     host = socket.gethostname().split(".")[0]
     configuration = folder / "slurm.conf"
-    configuration.write_text(CONFIGURATION.format(host=host, folder=folder, user=getpass.getuser(), ports=_free_ports(2)))
+    configuration.write_text(CONFIGURATION.format(host=host, folder=folder, user=getpass.getuser(), ports=free_ports(2)))
     environment = os.environ | {"PATH": _path(), "SLURM_CONF": str(configuration)}
 
     def call(*command: str) -> None:

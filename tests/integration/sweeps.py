@@ -5,25 +5,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+from programs import CHECKOUT, environment, free_ports, wait_for
 
 from lambda_hat.arrays import unpack_arrays
 from lambda_hat.manifest import run_address
 from lambda_hat.plan import make_plan
 from lambda_hat.settings import load_settings
 from lambda_hat.store import Store
-
-CHECKOUT = Path(__file__).parents[2]
 
 SETTINGS = """
 [store]
@@ -61,18 +58,6 @@ sweeps = [
 """
 
 
-def free_port() -> int:
-    with contextlib.closing(socket.socket()) as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
-def environment(folder: Path, **more: str) -> dict[str, str]:
-    """Nothing of this process's settings; a home for Prefect in `folder`."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "LAMBDA_HAT_", "JAX_"))}
-    return kept | {"PREFECT_HOME": str(folder / "prefect")} | more
-
-
 @contextlib.contextmanager
 def program(log: Path, *command: str, env: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     """A program that runs meanwhile, in a process group of its own, which is ended. Its stdout is beside its log, as .out."""
@@ -88,19 +73,10 @@ def program(log: Path, *command: str, env: Mapping[str, str]) -> Iterator[subpro
                 process.wait(timeout=20)
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, seconds: float = 180) -> None:
-    """Until the condition holds, while the process runs."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, f"it ended before what was waited for:\n{log.read_text()[-3000:]}"
-        assert time.monotonic() < deadline, f"waited in vain:\n{log.read_text()[-3000:]}"
-        time.sleep(0.2)
-
-
 @contextlib.contextmanager
 def prefect_server(folder: Path) -> Iterator[str]:
     """The address of a server's API."""
-    port, log = free_port(), folder / "server.log"
+    [port], log = free_ports(1), folder / "server.log"
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-ui"]
 
     def healthy() -> bool:

@@ -10,13 +10,14 @@ import getpass
 import http.client
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 import venv
 from collections.abc import Iterator
 from pathlib import Path
+
+from programs import free_ports
 
 RELEASE = "swift==2.38.3"
 
@@ -93,7 +94,7 @@ class Swift:
 
     def __init__(self, folder: Path, programs: Path) -> None:
         self._folder, self._programs = folder, programs
-        self._ports = dict(zip(("account", "container", "object", "proxy"), _free_ports(4), strict=True))
+        self._ports = dict(zip(("account", "container", "object", "proxy"), free_ports(4), strict=True))
         self._processes: list[subprocess.Popen[bytes]] = []
         self.endpoint_url = f"http://127.0.0.1:{self._ports['proxy']}"
         (folder / "srv" / "d1").mkdir(parents=True)
@@ -175,14 +176,6 @@ def swift(folder: Path) -> Iterator[Swift]:
         yield server
     finally:
         server.kill()
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def _answers(port: int, needs_200: bool) -> bool:

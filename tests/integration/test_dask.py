@@ -7,7 +7,8 @@ import sys
 import pytest
 from prefect import flow, task
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
-from sweeps import Sweeps, environment, free_port, prefect_server, program, wait_for
+from programs import environment, free_ports, wait_for
+from sweeps import Sweeps, prefect_server, program
 
 from flows.engines import engine, final_state
 from lambda_hat.settings import Runtime
@@ -29,10 +30,19 @@ def sweeps(folder):
 @pytest.fixture
 def cluster(folder):
     """The address of a scheduler with two workers, each a process with one thread for tasks, and the workers' logs."""
-    address = f"tcp://127.0.0.1:{free_port()}"
-    port = address.rsplit(":", 1)[1]
+    [port] = free_ports(1)
+    address = f"tcp://127.0.0.1:{port}"
     env = environment(folder / "elsewhere")  # Prefect's results, kept there, are not the flow's to read
-    dask = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", port, "--no-dashboard"]
+    dask = [
+        sys.executable,
+        "-m",
+        "distributed.cli.dask_scheduler",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--no-dashboard",
+    ]
     worker = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--no-dashboard"]
     logs = [folder / f"dask-worker-{index}.log" for index in range(2)]
     with contextlib.ExitStack() as stack:

@@ -11,7 +11,8 @@ from typing import Any
 import httpx
 import pytest
 import slurm
-from deployed import CHECKOUT, Terminals, documented, flow_run_id, terminals, wait_for
+from deployed import Terminals, documented, flow_run_id, terminals, wait_for
+from programs import CHECKOUT
 
 from flows.progress import CANCELLED
 from lambda_hat import artifacts

@@ -12,7 +12,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from places import NUMBERS, Place, made, processes
+from places import Place, made, processes
+from programs import NUMBERS
 
 pytestmark = [
     pytest.mark.faults,

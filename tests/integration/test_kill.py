@@ -5,7 +5,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from places import NUMBERS, Place, made
+from places import Place, made
+from programs import NUMBERS
 
 from lambda_hat import artifacts, report
 from lambda_hat.cli import main

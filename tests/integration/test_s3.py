@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import fsspec
 import pytest
+from programs import CHECKOUT, NUMBERS, environment
 from swift import NotInstallable, Swift, swift
 
 from lambda_hat.cli import main
@@ -25,8 +26,6 @@ from lambda_hat.manifest import Address, run_address, target_address
 from lambda_hat.store import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-
-CHECKOUT = Path(__file__).parents[2]
 
 # Every run takes a second or more, so that the server's death finds it at work.
 SETTINGS = """
@@ -60,9 +59,6 @@ num_draws = 4000
 sweeps = [["target=bowl", "sampler=sgld,hmc"]]
 """
 
-#: Of a row, what does not depend on the time it took.
-NUMBERS = ("run_id", "llc", "mcse", "llc_per_chain", "ess_bulk", "rhat", "acceptance_rate", "init_loss", "verdict")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -90,17 +86,10 @@ def settings(folder, server) -> Path:
 
 
 def environment_of(folder: Path, server: Swift) -> dict[str, str]:
-    """Nothing of this process's Prefect, JAX and AWS; AWS's variables for the server."""
-    outside = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "LAMBDA_HAT_", "JAX_", "AWS_"))}
-    return (
-        outside
-        | server.environment
-        | {
-            "HOME": str(folder / "home"),
-            "PREFECT_HOME": str(folder / "prefect"),
-            "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # on a busy machine
-        }
-    )
+    """Nothing of this process's AWS either; AWS's variables for the server."""
+    # Starting takes long on a busy machine.
+    outside = environment(folder, HOME=str(folder / "home"), PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS="120")
+    return {name: value for name, value in outside.items() if not name.startswith("AWS_")} | server.environment
 
 
 class Sweep:
@@ -297,13 +286,13 @@ def test_the_document_works_as_typed(server, folder):
     fsspec.filesystem("s3", **server.options).mkdir("my-bucket")
     place = folder / "document"
     place.mkdir()
-    environment = environment_of(folder, server) | {
+    variables = environment_of(folder, server) | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "LAMBDA_HAT_SETTINGS": str(CHECKOUT / "settings.toml"),
     }
 
     def run(*command: str) -> str:
-        done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(command, cwd=place, env=variables, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 

@@ -6,7 +6,8 @@ import time
 
 import pytest
 import slurm
-from sweeps import Sweeps, prefect_server, wait_for
+from programs import wait_for
+from sweeps import Sweeps, prefect_server
 
 pytestmark = [
     pytest.mark.slow,

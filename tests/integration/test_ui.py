@@ -10,9 +10,10 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
-from deployed import CHECKOUT, Terminals, documented, flow_run_id, terminals, wait_for
+from deployed import Terminals, documented, flow_run_id, terminals, wait_for
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
+from programs import CHECKOUT
 
 from flows.sweep import sweep
 from lambda_hat.manifest import diagnosis_address
