@@ -12,17 +12,22 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from lambda_hat.spec import InvalidInput, canonical_json, check_id
 
-Kind = Literal["target", "run", "diagnosis", "sweep"]
+Kind = Literal["target", "run", "diagnosis", "curvature", "sweep", "trials", "study"]
 
 #: Part of where diagnoses lie and of sweeps' ids. Raise it when estimates, verdicts or plots change: draws stay, and the next
 #: sweep over them diagnoses them anew.
 DIAGNOSIS_VERSION = 2
+#: The same of curvatures, and of studies' tables, plots and pages.
+STUDY_VERSION = 1
 
 KINDS: dict[Kind, tuple[str, str]] = {  # the prefix of its ids, its folder below the root
     "target": ("tgt", "targets/{id}"),
     "run": ("run", "targets/{target_id}/runs/{id}"),
     "diagnosis": ("run", f"targets/{{target_id}}/runs/{{id}}/diagnosis-v{DIAGNOSIS_VERSION}"),
+    "curvature": ("tgt", f"targets/{{id}}/curvature-v{STUDY_VERSION}"),
     "sweep": ("swp", "sweeps/{id}"),
+    "trials": ("trl", "trials/{id}"),
+    "study": ("sty", "studies/{id}"),
 }
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 
@@ -39,7 +44,7 @@ class StoreUnavailable(Exception):
 class Address:
     """Where an artifact is, checked so that no id can lead out of the store. Made by the functions below.
 
-    id: the run's for a diagnosis. target_id: the same as id for a target, None for a sweep.
+    id: the run's for a diagnosis, the target's for a curvature. target_id: None for what is in no target.
     """
 
     kind: Kind
@@ -50,7 +55,7 @@ class Address:
         _check_prefix(self.id, KINDS[self.kind][0])
         if self.kind in ("run", "diagnosis"):
             _check_prefix(self.target_id, "tgt")
-        elif self.target_id != (self.id if self.kind == "target" else None):
+        elif self.target_id != (self.id if KINDS[self.kind][0] == "tgt" else None):
             raise InvalidInput(f"A {self.kind} is in no other target; got {self.target_id!r}: use {self.kind}_address.")
 
     @property
@@ -72,8 +77,21 @@ def diagnosis_address(target_id: str, run_id: str) -> Address:
     return Address("diagnosis", run_id, target_id)
 
 
+def curvature_address(target_id: str) -> Address:
+    return Address("curvature", target_id, target_id)
+
+
 def sweep_address(sweep_id: str) -> Address:
     return Address("sweep", sweep_id, None)
+
+
+def trials_address(trials_id: str) -> Address:
+    """Of trials that were trained by one program."""
+    return Address("trials", trials_id, None)
+
+
+def study_address(study_id: str) -> Address:
+    return Address("study", study_id, None)
 
 
 def _check_prefix(text: Any, prefix: str) -> None:

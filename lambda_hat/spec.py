@@ -20,7 +20,9 @@ ALGORITHM_VERSION = 3
 
 Precision = Literal["float32", "float64"]
 
-ID_PATTERN = re.compile(r"(tgt|run|swp)_[0-9a-f]{16}")
+#: Of targets, runs, sweeps, trials trained together and studies.
+ID_PREFIXES = "tgt|run|swp|trl|sty"
+ID_PATTERN = re.compile(rf"({ID_PREFIXES})_[0-9a-f]{{16}}")
 
 
 class InvalidInput(ValueError):
@@ -68,7 +70,7 @@ def dotted(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def content_id(prefix: Literal["tgt", "run", "swp"], content: Any) -> str:
+def content_id(prefix: Literal["tgt", "run", "swp", "trl", "sty"], content: Any) -> str:
     """`<prefix>_<16 hex digits>`: the first 64 bits of the SHA-256 of the content's canonical JSON."""
     text = canonical_json({"algorithm_version": ALGORITHM_VERSION, "content": content})
     return f"{prefix}_{hashlib.sha256(text.encode('ascii')).hexdigest()[:16]}"
@@ -82,7 +84,7 @@ def check_id(text: str) -> str:
     """
     if not isinstance(text, str) or not ID_PATTERN.fullmatch(text):
         raise InvalidInput(
-            f"An id is tgt_, run_ or swp_ followed by 16 hexadecimal digits; got {text!r}. "
+            f"An id is one of {ID_PREFIXES.replace('|', ', ')} followed by _ and 16 hexadecimal digits; got {text!r}. "
             "`lambda-hat ls` lists the ids in the store."
         )
     return text

@@ -7,7 +7,10 @@ however many write at once: equal ids have equal content, and the last manifest 
     <root>/targets/<target_id>/                            manifest.json  files/<attempt>/<name>
     <root>/targets/<target_id>/runs/<run_id>/              the same
     <root>/targets/<target_id>/runs/<run_id>/diagnosis-v2/ the same
+    <root>/targets/<target_id>/curvature-v1/               the same
     <root>/sweeps/<sweep_id>/                              the same
+    <root>/trials/<trials_id>/                             the same
+    <root>/studies/<study_id>/                             the same
 """
 
 from __future__ import annotations
@@ -15,19 +18,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-
-from fsspec import AbstractFileSystem
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
+from typing import TYPE_CHECKING, Any
 
 from lambda_hat import __version__
 from lambda_hat.manifest import (
@@ -37,16 +35,17 @@ from lambda_hat.manifest import (
     Kind,
     Manifest,
     StoredFile,
-    StoreUnavailable,
     check_name,
+    curvature_address,
     diagnosis_address,
     parse_manifest,
     run_address,
     sha256,
-    sweep_address,
     target_address,
+    trials_address,
 )
-from lambda_hat.spec import ALGORITHM_VERSION, ID_PATTERN, InvalidInput, canonical_json
+from lambda_hat.spec import ALGORITHM_VERSION, ID_PATTERN, ID_PREFIXES, InvalidInput, canonical_json
+from lambda_hat.storage import Storage, write_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,16 +53,12 @@ if TYPE_CHECKING:
 _PARALLEL_REQUESTS = 16  # a remote store answers in tens of milliseconds: one manifest at a time is slow
 _PARALLEL_FILES = 4  # each is in memory as a whole
 
-_S3 = ("s3://", "s3a://")
-_ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-
 #: What work that was killed may leave behind. `clean` looks at nothing else.
 _LEFT = re.compile(
-    r"(?P<folder>targets/tgt_[0-9a-f]{16}(/runs/run_[0-9a-f]{16}(/diagnosis[^/]*)?)?|sweeps/swp_[0-9a-f]{16})"
+    r"(?P<folder>targets/tgt_[0-9a-f]{16}(/curvature[^/]*|/runs/run_[0-9a-f]{16}(/diagnosis[^/]*)?)?"
+    r"|(sweeps/swp|trials/trl|studies/sty)_[0-9a-f]{16})"
     r"/(?P<what>files/[0-9a-f]{32}(?=/)|checkpoint$|(manifest\.json|checkpoint)\.[0-9a-f]{32}\.tmp$)"
 )
-
-T = TypeVar("T")
 
 
 class Store:
@@ -81,25 +76,9 @@ class Store:
     """
 
     def __init__(self, uri: str, options: dict[str, Any] | None = None, cache: str = "~/.cache/lambda_hat/targets") -> None:
-        if not uri.strip() or uri.endswith("://"):
-            raise InvalidInput(
-                f"A store's URI names a folder; got {uri!r}: use a path like ./artifacts, or s3://bucket/folder."
-            )
-        try:
-            self._fs, path = url_to_fs(uri, **_with_defaults(uri, options or {}))
-            self._local = isinstance(self._fs, LocalFileSystem)
-            self._cache = Path(cache).expanduser() if cache and not self._local else None
-            self._root = path.rstrip("/")
-            self.uri: str = self._shown(self._root)
-            if uri.startswith(_S3):
-                self._check_access(url_to_fs(uri, **_with_defaults(uri, options or {}, retries=1))[0])
-        except (ValueError, ImportError, TypeError, KeyError) as error:
-            raise InvalidInput(
-                f"A store's URI must be one fsspec can open with its options; got {uri!r}: {error}. "
-                "Use a local path or s3://bucket/folder, correct [store.options], or install the package the message names."
-            ) from error
-        if self._local and self._call(os.path.exists, path) and not os.path.isdir(path):
-            raise InvalidInput(f"A local store is a folder; got {uri!r}, which is a file: name another path.")
+        self._storage = Storage(uri, options or {})
+        self.uri: str = self._storage.uri
+        self._cache = Path(cache).expanduser() if cache and not self._storage.local else None
 
     def publish(
         self, address: Address, files: Mapping[str, bytes], *, spec: dict[str, Any], summary: dict[str, Any]
@@ -133,13 +112,15 @@ class Store:
         maybe_named = False
         try:
             for name, data in files.items():
-                self._put(f"{folder}/{name}", data)
-            maybe_named = not self._local  # a PUT that fails may still have arrived, a rename that fails has not happened
-            self._put(self._path(address, "manifest.json"), text)
+                self._storage.write(f"{folder}/{name}", data)
+            maybe_named = (
+                not self._storage.local
+            )  # a PUT that fails may still have arrived, a rename that fails has not happened
+            self._storage.write(self._path(address, "manifest.json"), text)
         except BaseException:
             if not maybe_named:
                 with contextlib.suppress(Exception):
-                    self._remove(folder, [f"{folder}/{name}" for name in files])
+                    self._storage.remove(folder, [f"{folder}/{name}" for name in files])
             raise
         return manifest
 
@@ -175,7 +156,7 @@ class Store:
                 return data
         data = self._read(manifest, file)
         with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the run
-            _write(cached, data)
+            write_file(cached, data)
         return data
 
     def url(self, address: Address, name: str) -> str:
@@ -185,22 +166,23 @@ class Store:
           ArtifactError: there is no valid artifact or no such file in it.
         """
         manifest = self._load(address)
-        return self._shown(self._file_path(manifest, manifest.file(name)))
+        return self._storage.shown(self._file_path(manifest, manifest.file(name)))
 
     def save_checkpoint(self, address: Address, data: bytes) -> None:
         """Replaces the checkpoint of unfinished work in one step: a reader sees the old one or the new one."""
-        self._put(self._path(address, "checkpoint"), hashlib.sha256(data).digest() + data)
+        self._storage.write(self._path(address, "checkpoint"), hashlib.sha256(data).digest() + data)
 
     def load_checkpoint(self, address: Address) -> bytes | None:
         """What `save_checkpoint` was given last; None when there is none or its checksum does not fit."""
-        content = self._cat(self._path(address, "checkpoint")) or b""
+        content = self._storage.read(self._path(address, "checkpoint")) or b""
         digest, data = content[:32], content[32:]
         return data if hashlib.sha256(data).digest() == digest else None
 
     def clear_checkpoint(self, address: Address) -> None:
         """Removes the checkpoint, if there is one."""
         with contextlib.suppress(FileNotFoundError):
-            self._call(self._fs.rm_file, self._path(address, "checkpoint"))
+            path = self._path(address, "checkpoint")
+            self._storage.remove(path, [path])
 
     def catalogue(self, kind: Kind) -> pd.DataFrame:
         """One row for each valid artifact of a kind, oldest first.
@@ -229,7 +211,7 @@ class Store:
 
     def _verify(self, address: Address) -> tuple[bool, str | None]:
         """Whether it has a manifest, and what is wrong."""
-        text = self._cat(self._path(address, "manifest.json"))
+        text = self._storage.read(self._path(address, "manifest.json"))
         if text is None:
             return False, None
         try:
@@ -254,9 +236,9 @@ class Store:
             try:
                 self._read(manifest, file)  # a copy that was cut off has left it
             except ArtifactError:
-                self._put(self._file_path(manifest, file), source._read(manifest, file))
+                self._storage.write(self._file_path(manifest, file), source._read(manifest, file))
                 num_bytes += file.size
-        self._put(self._path(address, "manifest.json"), text)
+        self._storage.write(self._path(address, "manifest.json"), text)
         return num_bytes
 
     def clean(self, hours: float, dry_run: bool = False) -> Iterator[tuple[str, int]]:
@@ -271,34 +253,32 @@ class Store:
         before = datetime.now(UTC) - timedelta(hours=hours)
         for path, files in self._left_behind():
             with contextlib.suppress(FileNotFoundError):  # its writer was faster
-                if max(self._call(self._fs.modified, file) for file in files) > before:
+                if max(self._storage.modified(file) for file in files) > before:
                     continue
-                num_bytes = sum(self._call(self._fs.sizes, files))
+                num_bytes = sum(size or 0 for size in self._storage.sizes(files))
                 if not dry_run:
-                    self._remove(path, files)
-                yield self._shown(path), num_bytes
-        if self.uri.startswith(_S3):
-            bucket, _, prefix = self._root.partition("/")
-            for upload in self._call(self._fs.list_multipart_uploads, bucket):
-                if upload["Key"].startswith(f"{prefix}/" if prefix else "") and upload["Initiated"] <= before:
-                    if not dry_run:
-                        self._call(self._fs.abort_mpu, bucket, upload["Key"], upload["UploadId"])
-                    yield f"s3://{bucket}/{upload['Key']}, upload {upload['UploadId']}", 0
+                    self._storage.remove(path, files)
+                yield self._storage.shown(path), num_bytes
+        for shown, begun, abort in self._storage.uploads():
+            if begun <= before:
+                if not dry_run:
+                    abort()
+                yield shown, 0
 
     def _left_behind(self) -> Iterator[tuple[str, list[str]]]:
         """Files and folders of attempts that no manifest names or needs, and the files in each."""
         found: dict[str, dict[str, list[str]]] = {}
-        for path in self._call(self._fs.find, self._root):
-            if match := _LEFT.match(path[len(self._root) + 1 :]):
+        for path in self._storage.files():
+            if match := _LEFT.match(path[len(self._storage.root) + 1 :]):
                 found.setdefault(match["folder"], {}).setdefault(match["what"], []).append(path)
         with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
             for (folder, left), unneeded in zip(found.items(), pool.map(self._unneeded, found, found.values()), strict=True):
                 for what in unneeded:
-                    yield f"{self._root}/{folder}/{what}", left[what]
+                    yield f"{self._storage.root}/{folder}/{what}", left[what]
 
     def _unneeded(self, folder: str, left: Collection[str]) -> list[str]:
         """Of what is left in an artifact's folder, what its manifest does not name, or nothing will go on from."""
-        text = self._cat(f"{self._root}/{folder}/manifest.json")
+        text = self._storage.read(f"{self._storage.root}/{folder}/manifest.json")
         if text is None:
             return [what for what in left if what != "checkpoint"]
         try:
@@ -312,14 +292,15 @@ class Store:
         return [what for what in left if what not in needed]
 
     def find(self, text: str) -> Address:
-        """The target, run or sweep whose id is `text` or, it alone, begins with it. A run is found without its target's id.
+        """The artifact whose id is `text` or, it alone, begins with it. A run is found without its target's id.
 
         Raises:
           InvalidInput: `text` begins no id, or no valid artifact's, or several.
         """
-        if not re.fullmatch(r"(tgt|run|swp)_[0-9a-f]{0,16}", text):
+        if not re.fullmatch(rf"({ID_PREFIXES})_[0-9a-f]{{0,16}}", text):
             raise InvalidInput(
-                f"An id is tgt_, run_ or swp_ and 16 hexadecimal digits or fewer; got {text!r}. `lambda-hat ls` lists the ids."
+                f"An id is one of {ID_PREFIXES.replace('|', ', ')}, _ and 16 hexadecimal digits or fewer; got {text!r}. "
+                "`lambda-hat ls` lists the ids."
             )
         kind = next(kind for kind, (prefix, _) in KINDS.items() if text.startswith(prefix))
         candidates = [address for address in self._addresses(kind) if address.id.startswith(text)]
@@ -332,17 +313,21 @@ class Store:
         return found[0]
 
     def related(self, address: Address) -> list[Address]:
-        """A target, run or sweep with what it is made from and what is made from it, published or not: a target with its runs
-        and their diagnoses, a run with its target and its diagnosis, a sweep with the targets, runs and diagnoses it compares.
+        """An artifact with what it is made from and what is made from it, published or not: a target with its curvature, its
+        runs and their diagnoses, a run with its target and its diagnosis, a sweep or a study with all it compares.
         """
+        found, runs = {address: None}, []
         if address.kind == "target":
             runs = [run_address(address.id, run_id) for run_id in self._ids(f"{address.folder}/runs", "run")]
+            found[curvature_address(address.id)] = None
         elif address.kind == "run":
             runs = [address]
-        else:
-            run_ids = set(self._load(address).spec["run_ids"])
-            runs = [run for run in self._addresses("run") if run.id in run_ids]
-        found = {address: None}
+        elif address.kind in ("sweep", "study"):
+            spec = self._load(address).spec
+            runs = [run for run in self._addresses("run") if run.id in set(spec["run_ids"])]
+            found |= dict.fromkeys(map(trials_address, spec.get("trials_ids", [])))
+            for target_id in spec.get("target_ids", []):
+                found |= dict.fromkeys([target_address(target_id), curvature_address(target_id)])
         for run in runs:
             target_id = str(run.target_id)
             found |= dict.fromkeys([target_address(target_id), run, diagnosis_address(target_id, run.id)])
@@ -354,22 +339,19 @@ class Store:
 
     def _addresses(self, kind: Kind) -> list[Address]:
         """Of everything that has a folder, published or not."""
-        if kind == "sweep":
-            return [sweep_address(sweep_id) for sweep_id in self._ids("sweeps", "swp")]
+        prefix, folder = KINDS[kind]
+        if not folder.startswith("targets/"):
+            return [Address(kind, id, None) for id in self._ids(folder.partition("/")[0], prefix)]
         target_ids = self._ids("targets", "tgt")
-        if kind == "target":
-            return [target_address(target_id) for target_id in target_ids]
+        if prefix == "tgt":
+            return [Address(kind, target_id, target_id) for target_id in target_ids]
         with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
             run_ids = list(pool.map(lambda target_id: self._ids(f"targets/{target_id}/runs", "run"), target_ids))
         pairs = zip(target_ids, run_ids, strict=True)
         return [Address(kind, run_id, target_id) for target_id, ids in pairs for run_id in ids]
 
     def _ids(self, folder: str, prefix: str) -> list[str]:
-        try:
-            paths = self._call(self._fs.ls, f"{self._root}/{folder}", detail=False)
-        except _ABSENT:
-            return []
-        names = (path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
+        names = self._storage.names(f"{self._storage.root}/{folder}")
         return sorted(name for name in names if ID_PATTERN.fullmatch(name) and name.startswith(prefix))
 
     def _load(self, address: Address) -> Manifest:
@@ -377,10 +359,10 @@ class Store:
 
     def _text(self, address: Address) -> bytes:
         path = self._path(address, "manifest.json")
-        text = self._cat(path)
+        text = self._storage.read(path)
         if text is None:
             raise ArtifactError(
-                f"An artifact is there once its manifest is; found none at {self._shown(path)}. "
+                f"An artifact is there once its manifest is; found none at {self._storage.shown(path)}. "
                 "Compute it, or list what is there with `lambda-hat ls`."
             )
         return text
@@ -390,40 +372,30 @@ class Store:
         try:
             manifest = parse_manifest(text, address)
         except (ValueError, RecursionError) as error:
-            path = self._shown(self._path(address, "manifest.json"))
+            path = self._storage.shown(self._path(address, "manifest.json"))
             raise ArtifactError(
                 f"A manifest must be whole, unedited and in its place; {path} is not: {error}. Compute it again."
             ) from error
         paths = [self._file_path(manifest, file) for file in manifest.files]
-        try:
-            sizes = self._call(self._fs.sizes, paths)
-        except _ABSENT:
-            sizes = [self._size(path) for path in paths]
+        sizes = self._storage.sizes(paths)
         for path, file, size in zip(paths, manifest.files, sizes, strict=True):
             if size != file.size:
                 found = "no file" if size is None else f"{size} bytes"
                 raise ArtifactError(
                     f"Every file of an artifact must have the size its manifest says, {file.size} bytes; "
-                    f"found {found} at {self._shown(path)}. Compute it again."
+                    f"found {found} at {self._storage.shown(path)}. Compute it again."
                 )
         return manifest
 
-    def _size(self, path: str) -> int | None:
-        """None: there is no such file."""
-        try:
-            return self._call(self._fs.size, path)
-        except _ABSENT:
-            return None
-
     def _read(self, manifest: Manifest, file: StoredFile) -> bytes:
         path = self._file_path(manifest, file)
-        data = self._cat(path)
+        data = self._storage.read(path)
         if data is None or len(data) != file.size or sha256(data) != file.sha256:
             found = "no file" if data is None else f"{len(data)} bytes with {sha256(data)}"
             raise ArtifactError(
                 f"A file must be as its manifest says, {file.size} bytes with SHA-256 {file.sha256}; "
-                f"found {found} at {self._shown(path)}. "
-                f"Delete {self._shown(self._path(manifest.address, 'manifest.json'))} and compute it again."
+                f"found {found} at {self._storage.shown(path)}. "
+                f"Delete {self._storage.shown(self._path(manifest.address, 'manifest.json'))} and compute it again."
             )
         return data
 
@@ -431,97 +403,4 @@ class Store:
         return self._path(manifest.address, "files", manifest.attempt, file.name)
 
     def _path(self, address: Address, *parts: str) -> str:
-        return "/".join([self._root, address.folder, *parts])
-
-    def _shown(self, path: str) -> str:
-        return path if self._local else self._fs.unstrip_protocol(path)
-
-    def _cat(self, path: str) -> bytes | None:
-        """None: there is no such file."""
-        try:
-            return self._call(self._fs.cat_file, path)
-        except _ABSENT:
-            return None
-
-    def _put(self, path: str, data: bytes) -> None:
-        """Writes or replaces a file in one step for its readers."""
-        try:
-            if self._local:
-                self._call(_write, Path(path), data)
-            else:
-                self._call(self._fs.pipe_file, path, data)
-        except _ABSENT as error:  # no bucket, or a file where a folder is needed
-            raise self._unavailable(error) from error
-
-    def _remove(self, path: str, files: Iterable[str]) -> None:
-        """A file, or a folder and the files in it."""
-        if self._local:
-            self._call(self._fs.rm, path, recursive=True)
-        else:
-            for file in files:  # `rm` would take a * or [ in the store's own name for a pattern
-                self._call(self._fs.rm_file, file)
-
-    def _check_access(self, probe: AbstractFileSystem) -> None:
-        """A missing bucket would look like an empty store."""
-        bucket, _, prefix = self._root.partition("/")
-        probe.retries = 1  # s3fs's own, around those of botocore
-        try:
-            self._call(probe.call_s3, "list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1)
-        except FileNotFoundError as error:
-            raise self._unavailable(error) from error
-
-    def _call(self, operation: Callable[..., T], *arguments: Any, **options: Any) -> T:
-        """What an operation of the filesystem returns. "Not there" is no failure and passes."""
-        try:
-            return operation(*arguments, **options)
-        except (*_ABSENT, TypeError, ValueError):
-            raise
-        except Exception as error:  # each filesystem has its own, which need not be OSErrors
-            raise self._unavailable(error) from error
-
-    def _unavailable(self, error: Exception) -> StoreUnavailable:
-        kind = type(error).__name__
-        if self._local:
-            remedy = "Check the folder's permissions and the space on its disk, or name another folder."
-        elif isinstance(error, PermissionError) or "Credential" in kind or "Profile" in kind or "Token" in kind:
-            remedy = (
-                "Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or key and secret in [store.options], "
-                "that they may list, read and write there, and the endpoint."
-            )
-        elif isinstance(error, FileNotFoundError) or kind == "ParamValidationError":
-            bucket = self._root.partition("/")[0]
-            remedy = f"Correct the bucket's name or the endpoint, or make the bucket: aws s3 mb s3://{bucket}."
-        else:
-            remedy = (
-                "Check the network, endpoint and region (AWS_ENDPOINT_URL, AWS_DEFAULT_REGION, or endpoint_url in "
-                "[store.options]), and call again: what is finished is kept."
-            )
-        what = " ".join(str(error).split()).rstrip(".") or kind
-        return StoreUnavailable(f"The storage of a store must answer and grant access; {self.uri} does not: {what}. {remedy}")
-
-
-def _with_defaults(uri: str, options: dict[str, Any], retries: int = 5) -> dict[str, Any]:
-    """Options of the filesystem. The cache of listings would hide what other processes publish. On S3, short timeouts and, with
-    pauses that grow to 16 s, retries that outlast a server's restart, unless the options or AWS's variables ask for others."""
-    options = options | {"use_listings_cache": False}
-    if uri.startswith(_S3):
-        config: dict[str, Any] = {"connect_timeout": 3, "read_timeout": 20}
-        if not {"AWS_RETRY_MODE", "AWS_MAX_ATTEMPTS"} & os.environ.keys():
-            config["retries"] = {"mode": "standard", "max_attempts": retries}
-        options["config_kwargs"] = config | options.get("config_kwargs", {})
-    return options
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Writes or replaces a local file in one step for its readers."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut could keep the manifest and lose what it names
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        return "/".join([self._storage.root, address.folder, *parts])

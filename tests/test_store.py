@@ -23,10 +23,13 @@ from lambda_hat.manifest import (
     Address,
     ArtifactError,
     StoreUnavailable,
+    curvature_address,
     diagnosis_address,
     run_address,
+    study_address,
     sweep_address,
     target_address,
+    trials_address,
 )
 from lambda_hat.spec import ALGORITHM_VERSION, ID_PATTERN, InvalidInput, canonical_json
 from lambda_hat.store import Store
@@ -542,8 +545,8 @@ def test_clean_takes_no_name_for_a_pattern(tmp_path):
         for each in (store, other):
             each.publish(ADDRESSES[0], FILES, spec={}, summary={})
             path = f"{each._path(ADDRESSES[0])}/files/{'0' * 32}/params.npz"
-            each._fs.makedirs(path.rsplit("/", 1)[0])
-            each._fs.pipe_file(path, b"12345")
+            each._storage._fs.makedirs(path.rsplit("/", 1)[0])
+            each._storage._fs.pipe_file(path, b"12345")
         assert [size for _, size in store.clean(0)] == [5]
         assert [size for _, size in other.clean(0, dry_run=True)] == [5]
     MemoryFileSystem.store.clear()
@@ -564,9 +567,12 @@ def test_related(store):
     store.publish(sweep_address(SWEEP), {}, spec={"run_ids": [OTHER_RUN]}, summary={})
     both = [(run, diagnosis_address(run.target_id, run.id)) for run in runs]
     targets = [target_address(TARGET), target_address(OTHER_TARGET)]
-    assert set(store.related(targets[0])) == {targets[0], *both[0], *both[1]}
+    assert set(store.related(targets[0])) == {targets[0], curvature_address(TARGET), *both[0], *both[1]}
     assert set(store.related(runs[2])) == {targets[1], *both[2]}
     assert set(store.related(sweep_address(SWEEP))) == {sweep_address(SWEEP), *targets, *both[1], *both[2]}
+    study, trials = study_address("sty_00000000000000dd"), trials_address("trl_00000000000000ee")
+    store.publish(study, {}, spec={"trials_ids": [trials.id], "target_ids": [TARGET], "run_ids": [RUN]}, summary={})
+    assert set(store.related(study)) == {study, trials, targets[0], curvature_address(TARGET), *both[0]}
 
 
 def test_copy(store, local):

@@ -26,6 +26,7 @@ from lambda_hat.manifest import (
     target_address,
 )
 from lambda_hat.spec import InvalidInput
+from lambda_hat.storage import Storage
 from lambda_hat.store import Store
 
 TARGET, OTHER_TARGET = "tgt_00000000000000aa", "tgt_00000000000000bb"
@@ -188,6 +189,7 @@ def test_processes_publish_at_once(store):
     script = f"""
 import sys
 from lambda_hat.manifest import target_address
+from lambda_hat.storage import Storage
 from lambda_hat.store import Store
 store = Store({store.uri!r})
 for number in [0, *range(int(sys.argv[1]), int(sys.argv[1]) + 5)]:
@@ -220,7 +222,7 @@ def test_a_target_is_fetched_once(store, tmp_path, monkeypatch):
     # The bytes now come from there, whatever object of that store asks.
     fetched = []
     monkeypatch.setattr(
-        Store, "_cat", lambda self, path, cat=Store._cat: fetched.append(path.rsplit("/", 1)[-1]) or cat(self, path)
+        Storage, "read", lambda self, path, read=Storage.read: fetched.append(path.rsplit("/", 1)[-1]) or read(self, path)
     )
     another = Store(store.uri, cache=str(tmp_path / "cache"))
     assert another.read(ADDRESSES[0], "params.npz") == FILES["params.npz"]
@@ -265,6 +267,7 @@ def test_processes_read_one_cache_at_once(store, tmp_path):
     script = f"""
 import hashlib
 from lambda_hat.manifest import target_address
+from lambda_hat.storage import Storage
 from lambda_hat.store import Store
 store = Store({store.uri!r}, cache={str(tmp_path / "cache")!r})
 print(hashlib.sha256(store.read(target_address({TARGET!r}), "params.npz")).hexdigest())
@@ -514,7 +517,7 @@ def test_a_bucket_that_is_gone(server):
 
 def test_options_and_variables_of_the_user_win(server, monkeypatch):
     """Over the timeouts and retries that the store sets."""
-    from lambda_hat.store import _with_defaults
+    from lambda_hat.storage import _with_defaults
 
     ours = _with_defaults("s3://bucket/x", {"anon": True})
     assert ours["anon"] is True
