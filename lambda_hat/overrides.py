@@ -3,12 +3,14 @@
 model.depth=3                 one value: integer, float (1e-5), true/false, none/null, otherwise text
 sampler.step_size=1e-5,1e-6   commas sweep
 target.seed=range(1,4)        Python's range over integers: 1, 2, 3
+eta=2**range(-3,2)            powers: 0.125, 0.25, 0.5, 1, 2; 2**-3 is one value
 target.widths=[5,3,5]         a list is one value; [5,3,5],[10,10] sweeps two lists
 data.path="a, b"              quotes, single or double, for text with any of , = [ ] ( ) or spaces, or that looks like a number
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,12 +28,13 @@ MAX_DEPTH = 8
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 _TOKEN = re.compile(
-    r"""\s*(?: (?P<quoted> "[^"]*" | '[^']*' ) | range\s*\( (?P<range> [^()]* ) \) | (?P<mark> [\[\],] )
-    | (?P<bare> [^\[\],()='"\s]+ ) | (?P<end> \Z ) )\s*""",
+    r"""\s*(?: (?P<quoted> "[^"]*" | '[^']*' ) | (?P<range> ([^\[\],()='"\s*]+ \s*\*\*\s*)? range\s*\( [^()]* \) )
+    | (?P<mark> [\[\],] ) | (?P<bare> [^\[\],()='"\s]+ ) | (?P<end> \Z ) )\s*""",
     re.VERBOSE,
 )
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_POWER = re.compile(r"(?P<base>[^\s*]+)\s*\*\*\s*(?P<exponent>.*)", re.DOTALL)
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 
@@ -131,7 +134,25 @@ def _items(text: str, tokens: Iterator[tuple[str, str]], closing: str, depth: in
             _refuse(text, f"a comma or {closing!r} must follow an item; got {got}", "Check commas, brackets and quotes.")
 
 
-def _range(text: str, content: str) -> range:
+def _range(text: str, content: str) -> Iterable[Value]:
+    power = _POWER.fullmatch(content)
+    values = _integers(text, content if power is None else power["exponent"])
+    return values if power is None else [_power(text, power["base"], exponent) for exponent in values]
+
+
+def _power(text: str, base: str, exponent: int) -> Value:
+    """base ** exponent; an integer where it is one."""
+    if not _FLOAT.fullmatch(base) or float(base) <= 0 or not abs(exponent * math.log10(float(base))) < 300:
+        _refuse(
+            text,
+            f"a power is of a positive number, and has at most 300 digits; got {base}**{exponent}",
+            "Write for example 2**range(-3,2).",
+        )
+    return (int(base) if _INTEGER.fullmatch(base) else float(base)) ** exponent
+
+
+def _integers(text: str, content: str) -> range:
+    content = content.strip().removeprefix("range").strip()[1:-1]
     numbers = [part.strip() for part in content.split(",")]
     if len(numbers) not in (2, 3) or not all(_INTEGER.fullmatch(number) and len(number) < 20 for number in numbers):
         _refuse(
@@ -152,6 +173,8 @@ def _range(text: str, content: str) -> range:
 def _scalar(text: str, content: str) -> Value:
     if content.lower() in _WORDS:
         return _WORDS[content.lower()]
+    if (power := _POWER.fullmatch(content)) and _INTEGER.fullmatch(power["exponent"]) and len(power["exponent"]) < 20:
+        return _power(text, power["base"], int(power["exponent"]))
     if _INTEGER.fullmatch(content):
         # Python refuses to read integers of thousands of digits; no field holds more than these.
         if len(content) > 300:
