@@ -8,7 +8,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from prefect import Flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
@@ -16,9 +16,7 @@ from prefect.states import State
 
 from flows.progress import STOPPED, on_interrupt
 from flows.tasks import open_place
-from lambda_hat import artifacts, report
 from lambda_hat.manifest import Address, Manifest, StoreUnavailable, diagnosis_address, run_address, target_address
-from lambda_hat.plan import describe, make_plan
 from lambda_hat.run import RunSpec
 from lambda_hat.settings import Settings
 from lambda_hat.spec import InvalidInput
@@ -26,32 +24,17 @@ from lambda_hat.store import Store
 
 
 class RunsFailed(Exception):
-    """Some runs failed; `rows` are the results of all."""
+    """Some of the work failed, as the message says; `result` is the flow's, with what is finished."""
 
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
-        super().__init__(rows)  # what pickle makes it of again
-        self.rows = rows
+    def __init__(self, message: str, result: Any) -> None:
+        super().__init__(message, result)  # what pickle makes it of again
+        self.message, self.result = message, result
 
     def __repr__(self) -> str:
-        return f"RunsFailed({self})"  # not the rows, which Prefect would log
+        return f"RunsFailed({self})"  # not the result, which Prefect would log
 
     def __str__(self) -> str:
-        failed = sum(row["status"] == "failed" for row in self.rows)
-        return f"{failed} of {len(self.rows)} runs failed; the others are finished and kept."
-
-
-def plan(settings: Settings, store: Store, experiment: str | None, overrides: list[str], from_run: str | None) -> list[RunSpec]:
-    """The runs asked for."""
-    if from_run is None:
-        return make_plan(settings, experiment, overrides)
-    if experiment or overrides:
-        raise InvalidInput(
-            f"--from-run repeats a run as it was, without experiment or overrides; got {experiment or overrides}."
-        )
-    try:
-        return [artifacts.find_run_spec(store, from_run)]
-    except InvalidInput:  # repeated into another store than its own
-        return [artifacts.find_run_spec(Store(settings.store.uri, settings.store.options, settings.store.cache), from_run)]
+        return self.message
 
 
 def steps(spec: RunSpec) -> tuple[Address, Address, Address]:
@@ -81,53 +64,64 @@ def reason(state: State) -> str:
     return " ".join((state.message or state.name or "").split())
 
 
-def command_line(flow: Flow[Any, Any], plan: Callable[..., list[RunSpec]], examples: str) -> int:
+class Command(NamedTuple):
+    """What a flow's command line does with its options.
+
+    plan: (settings, store, options) -> what is asked for. listing: settings -> what has a name. name: of the flow run.
+    preview: (plan, store) -> what would be computed. arguments: options -> the flow's. show: (plan, result, store) -> text.
+    """
+
+    flow: Flow[Any, Any]
+    plan: Callable[[Settings, Store, Any], Any]
+    listing: Callable[[Settings], str]
+    name: Callable[[Any], str]
+    preview: Callable[[Any, Store], str]
+    arguments: Callable[[Any], tuple[Any, ...]]
+    show: Callable[[Any, Any, Store], str]
+
+
+def command_line(command: Command, options: Any) -> int:
     """Runs a flow from the command line; returns the exit status: 0, 1 where runs failed, 2 for wrong input or no store."""
-    options = _parser(str(flow.description).split("\n\n")[0], examples).parse_args()
-    arguments = (options.experiment, options.overrides, options.from_run)
     try:
         settings, store = open_place({"store_uri": options.store, "settings_file": options.settings})
         if options.list:
-            print(describe(settings))
+            print(command.listing(settings))
             return 0
-        specs = plan(settings, store, *arguments)
+        asked = command.plan(settings, store, options)
         if options.dry_run:
-            print(report.plan_table(specs, store))
+            print(command.preview(asked, store))
             return 0
     except (InvalidInput, StoreUnavailable) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    name = f"{len(specs)} runs of {len({spec.target_id for spec in specs})} targets"
     code = 0
     signal.signal(signal.SIGINT, on_interrupt)
     try:
-        given = (*arguments, options.store, options.settings)
-        rows: Any = flow.with_options(flow_run_name=name)(*("" if value is None else value for value in given))
+        given = (*command.arguments(options), options.store, options.settings)
+        flow = command.flow.with_options(flow_run_name=command.name(asked))
+        result: Any = flow(*("" if value is None else value for value in given))
     except RunsFailed as error:
-        rows, code = error.rows, 1
+        result, code = error.result, 1
     except (InvalidInput, StoreUnavailable) as error:  # an engine that does not start, a platform that is not here
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(STOPPED, file=sys.stderr)
         return 130
-    if options.json:
-        print(json.dumps(rows, indent=1))
-    else:
-        finished = [spec for spec, row in zip(specs, rows, strict=True) if row["status"] != "failed"]
-        print(f"\n{report.text_table(rows)}\n{report.plot_places(finished, store)}")
+    print(json.dumps(result, indent=1) if options.json else f"\n{command.show(asked, result, store)}")
     return code
 
 
-def _parser(description: str, examples: str) -> argparse.ArgumentParser:
+def parser(flow: Flow[Any, Any], examples: str) -> argparse.ArgumentParser:
+    """The options all flows have."""
     parser = argparse.ArgumentParser(
-        description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        description=str(flow.description).split("\n\n")[0], epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override or sweep a field; commas sweep")
     parser.add_argument("--experiment", metavar="NAME", help="a named experiment of the settings (default: default)")
-    parser.add_argument("--list", action="store_true", help="list presets, experiments, samplers and targets, and stop")
+    parser.add_argument("--list", action="store_true", help="list what can be chosen by name, and stop")
     parser.add_argument("--dry-run", action="store_true", help="show what would be computed and its work, and stop")
-    parser.add_argument("--from-run", metavar="ID", help="repeat a run from the spec saved with it")
     parser.add_argument(
         "--store", metavar="URI", help="where artifacts go: a folder or s3://bucket/prefix (default: the settings')"
     )

@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
-from prefect.futures import PrefectFuture, as_completed
 from prefect.logging import get_run_logger
-from prefect.states import State
 
-from flows.engines import engine, final_state, submit_ahead
-from flows.orchestration import RunsFailed, command_line, found, plan, publish_to_ui, reason, steps
-from flows.tasks import Place, build_target, diagnose, open_place, sample
+from flows.orchestration import Command, RunsFailed, command_line, parser, publish_to_ui
+from flows.runs import compute
+from flows.tasks import Place, open_place
 from lambda_hat import artifacts, report
-from lambda_hat.manifest import Address, Manifest, sweep_address, target_address
-from lambda_hat.run import RunSpec, batches, labels
+from lambda_hat.batch_size.plan import with_stored
+from lambda_hat.manifest import sweep_address
+from lambda_hat.plan import describe, make_plan
+from lambda_hat.run import RunSpec
 from lambda_hat.runtime import configure
-from lambda_hat.settings import Runtime
+from lambda_hat.settings import Settings
+from lambda_hat.spec import InvalidInput
 from lambda_hat.store import Store
 
 
@@ -49,70 +50,25 @@ def sweep(
     """
     settings, store = open_place({"store_uri": store_uri or None, "settings_file": settings_file or None})
     configure(settings.runtime, computes=settings.runtime.engine == "threads")
-    specs = plan(settings, store, experiment or None, list(overrides), from_run or None)
+    specs = _plan(settings, store, experiment or None, list(overrides), from_run or None)
     place: Place = {"store_uri": store.uri, "settings_file": str(Path(settings_file).absolute()) if settings_file else None}
-    there = found(store, specs)
-    names = labels(specs)
-    rows = {
-        index: report.row(names[index], spec, "cached", there[steps(spec)[-1]].summary)
-        for index, spec in enumerate(specs)
-        if all(address in there for address in steps(spec))
-    }
-    get_run_logger().info("%d of %d runs are in the store", len(rows), len(specs))
-    # Whole batches, so that a run has the same numbers wherever its batch was interrupted.
-    if todo := [batch for batch in batches(specs) if not all(index in rows for index in batch)]:
-        workers = min(settings.runtime.max_workers, len(todo))  # none that would have nothing to do
-        with engine(settings.runtime.model_copy(update={"max_workers": workers})):
-            _compute(specs, names, todo, rows, there, place, settings.runtime)
-    return _publish(specs, [rows[index] for index in range(len(specs))], store)
+    return _publish(specs, compute(specs, store, place, settings.runtime), store)
 
 
-def _compute(
-    specs: list[RunSpec], names: list[tuple[str, str]], todo: list[list[int]], rows: dict[int, dict[str, Any]],
-    there: dict[Address, Manifest], place: Place, runtime: Runtime,
-) -> None:  # fmt: skip
-    """Adds the rows of the runs of these batches, as far as they are not there."""
-    logger, content = get_run_logger(), [spec.model_dump(mode="json") for spec in specs]
-
-    def options(*made: Address) -> dict[str, Any]:
-        exists = all(address in there for address in made)
-        return {"refresh_cache": not exists, "timeout_seconds": runtime.task_timeout_seconds or None}
-
-    targets: dict[str, PrefectFuture[Any]] = {}
-    for index in (index for batch in todo for index in batch[:1]):
-        if (target_id := specs[index].target_id) not in targets:
-            task = build_target.with_options(**options(target_address(target_id)))
-            targets[target_id] = task.submit(target_id, names[index][0], content[index], place)
-    samples: dict[PrefectFuture[Any], list[int]] = {}
-    for batch in todo:
-        runs = [specs[index] for index in batch]
-        label = " by ".join(names[batch[0]]) + (f" and {len(batch) - 1} more" if len(batch) > 1 else "")
-        task = sample.with_options(**options(*(steps(run)[1] for run in runs)))
-        made = artifacts.sweep_id(runs), label, [content[index] for index in batch], place
-        samples[task.submit(*made, wait_for=[targets[runs[0].target_id]])] = batch
-    diagnoses: dict[PrefectFuture[Any], int] = {}
-
-    def finish(index: int, state: State) -> None:
-        made, result = steps(specs[index])[1:], state.result() if state.is_completed() else None
-        status = "failed" if result is None else "cached" if all(address in there for address in made) else "computed"
-        rows[index] = report.row(names[index], specs[index], status, result, "" if result else reason(state))
-        logger.info("%s by %s: %s", *names[index], status)
-
-    # Each run is diagnosed as soon as it is sampled; queued behind the others, its diagnosis would come after all sampling.
-    for sampled in as_completed(list(samples)):
-        batch = samples[sampled]
-        built, state = final_state(targets[specs[batch[0]].target_id]), final_state(sampled)
-        for index in (index for index in batch if index not in rows):
-            task = diagnose.with_options(**options(steps(specs[index])[2]))
-            arguments = specs[index].run_id, " by ".join(names[index]), content[index], place
-            if not state.is_completed():
-                finish(index, state if built.is_completed() else built)
-            elif runtime.engine == "threads":  # of which matplotlib bears one
-                finish(index, task(*arguments, return_state=True))
-            else:
-                diagnoses[submit_ahead(task, *arguments)] = index
-    for diagnosed in as_completed(list(diagnoses)):
-        finish(diagnoses[diagnosed], final_state(diagnosed))
+def _plan(
+    settings: Settings, store: Store, experiment: str | None, overrides: list[str], from_run: str | None
+) -> list[RunSpec]:
+    """The runs asked for."""
+    if from_run is None:
+        return make_plan(with_stored(settings, store, overrides), experiment, overrides)
+    if experiment or overrides:
+        raise InvalidInput(
+            f"--from-run repeats a run as it was, without experiment or overrides; got {experiment or overrides}."
+        )
+    try:
+        return [artifacts.find_run_spec(store, from_run)]
+    except InvalidInput:  # repeated into another store than its own
+        return [artifacts.find_run_spec(Store(settings.store.uri, settings.store.options, settings.store.cache), from_run)]
 
 
 def _publish(specs: list[RunSpec], rows: list[dict[str, Any]], store: Store) -> list[dict[str, Any]]:
@@ -129,8 +85,8 @@ def _publish(specs: list[RunSpec], rows: list[dict[str, Any]], store: Store) -> 
         heading += f"; no plots: {error}"
         get_run_logger().error(heading)
     publish_to_ui("sweep-results", report.table(rows), plots, heading, page)
-    if len(finished) < len(rows):
-        raise RunsFailed(rows)
+    if failed := len(rows) - len(finished):
+        raise RunsFailed(f"{failed} of {len(rows)} runs failed; the others are finished and kept.", rows)
     return rows
 
 
@@ -143,5 +99,24 @@ examples:
   python flows/sweep.py target=dln 'target.widths=[10,5,10]' target.rank=2 --store s3://bucket/prefix
 """
 
+
+def main() -> int:
+    options = parser(sweep, EXAMPLES)
+    options.add_argument("--from-run", metavar="ID", help="repeat a run from the spec saved with it")
+    given = options.parse_args()
+    arguments = (given.experiment, given.overrides, given.from_run)
+    command = Command(
+        sweep, plan=lambda settings, store, _: _plan(settings, store, *arguments), listing=describe,
+        name=lambda specs: f"{len(specs)} runs of {len({spec.target_id for spec in specs})} targets", preview=report.plan_table,
+        arguments=lambda _: arguments, show=_shown,
+    )  # fmt: skip
+    return command_line(command, given)
+
+
+def _shown(specs: list[RunSpec], rows: list[dict[str, Any]], store: Store) -> str:
+    finished = [spec for spec, row in zip(specs, rows, strict=True) if row["status"] != "failed"]
+    return f"{report.text_table(rows)}\n{report.plot_places(finished, store)}"
+
+
 if __name__ == "__main__":
-    sys.exit(command_line(sweep, plan, EXAMPLES))
+    sys.exit(main())

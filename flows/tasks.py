@@ -15,11 +15,13 @@ from prefect.tasks import exponential_backoff
 
 from flows.progress import log_progress
 from lambda_hat import artifacts
+from lambda_hat.batch_size import artifacts as studies
 from lambda_hat.manifest import StoreUnavailable
 from lambda_hat.run import RunSpec
 from lambda_hat.runtime import configure
 from lambda_hat.settings import Settings, load_settings
 from lambda_hat.store import Store
+from lambda_hat.trials.spec import TrialSpec
 
 #: Names of a store and a settings file, None for the default ones. A task is told no more, so no credential is recorded.
 Place = dict[str, str | None]
@@ -80,3 +82,20 @@ def diagnose(artifact_id: str, label: str, spec: dict[str, Any], place: Place) -
     settings, store = open_place(place)
     configure(settings.runtime)
     return artifacts.diagnose_run(RunSpec.from_dict(spec), store).summary
+
+
+@artifact_task(name="train", task_run_name="train {label}")
+def train(artifact_id: str, label: str, specs: list[dict[str, Any]], keep: bool, place: Place) -> dict[str, Any]:
+    """Trials that one program can train together."""
+    settings, store = open_place(place)
+    configure(settings.runtime)
+    return studies.train_batch([TrialSpec.from_dict(spec) for spec in specs], store, keep, log_progress(settings)).summary
+
+
+@artifact_task(name="measure", task_run_name="measure {label}")
+def measure(artifact_id: str, label: str, spec: dict[str, Any], curvature: bool, place: Place) -> dict[str, Any]:
+    """A trial's network as a target, and its curvature if asked for."""
+    settings, store = open_place(place)
+    configure(settings.runtime)
+    made = artifacts.build_target(TrialSpec.from_dict(spec), store, log_progress(settings))
+    return studies.measure_curvature(artifact_id, store).summary if curvature else made.summary

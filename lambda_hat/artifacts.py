@@ -49,10 +49,14 @@ def build_target(spec: TargetSpec, store: Store, progress: Progress = no_progres
     if (manifest := store.manifest(address)) is not None:
         store.clear_checkpoint(address)
         return manifest
-    target = spec.build(
-        progress, _load_training(store, address),
-        lambda unfinished: store.save_checkpoint(address, _pack_checkpoint(unfinished)),
-    )  # fmt: skip
+    target = spec.build(progress, load_training(store, address), functools.partial(save_training, store, address))
+    manifest = publish_target(target, store)
+    store.clear_checkpoint(address)
+    return manifest
+
+
+def publish_target(target: Target, store: Store) -> Manifest:
+    """Publishes a target that was trained, wherever it was."""
     arrays = {
         "params": flatten(target.params_star),
         "samples": target.dataset.samples,
@@ -65,10 +69,9 @@ def build_target(spec: TargetSpec, store: Store, progress: Progress = no_progres
         f"{name}.npz": pack_arrays({key: np.asarray(array) for key, array in group.items()}) for name, group in arrays.items()
     }
     # Which checkpoint is sampled is no part of the target.
-    content = spec.model_copy(update={"checkpoint": None}).model_dump(mode="json")
-    manifest = store.publish(address, files, spec=content, summary=target.metrics | {"made_with": _made_with()})
-    store.clear_checkpoint(address)
-    return manifest
+    content = target.spec.model_copy(update={"checkpoint": None}).model_dump(mode="json")
+    summary = target.metrics | {"made_with": made_with()}
+    return store.publish(target_address(target.target_id), files, spec=content, summary=summary)
 
 
 def load_target(store: Store, target_id: str, checkpoint: int | None = None) -> Target:
@@ -140,7 +143,7 @@ def _check_custom(target: Target) -> None:
 def _publish_run(spec: RunSpec, trace: Trace, store: Store) -> Manifest:
     summary = {
         "fge": trace.fge, "seconds": trace.seconds, "nbeta": spec.nbeta,
-        "observables": trace.observables, "made_with": _made_with(),
+        "observables": trace.observables, "made_with": made_with(),
     }  # fmt: skip
     address = run_address(spec.target_id, spec.run_id)
     return store.publish(address, {"trace.npz": pack_arrays(trace.draws)}, spec=spec.model_dump(mode="json"), summary=summary)
@@ -289,7 +292,7 @@ def _metrics(spec: RunSpec, store: Store) -> dict[str, Any]:
     return metrics
 
 
-def _made_with() -> dict[str, str]:
+def made_with() -> dict[str, str]:
     """What an id leaves out and the last digits depend on."""
     return {"jax": jax.__version__, "blackjax": version("blackjax"), "backend": jax.default_backend()}
 
@@ -318,7 +321,13 @@ def _load_checkpoint(store: Store, address: Address) -> Checkpoint | None:
     return Checkpoint(groups["leaves"], groups["draws"], seconds, **numbers, observables=tuple(groups["observables"].tolist()))
 
 
-def _load_training(store: Store, address: Address) -> Unfinished | None:
+def save_training(store: Store, address: Address, unfinished: Unfinished) -> None:
+    """Replaces what is saved of a training that goes on."""
+    store.save_checkpoint(address, _pack_checkpoint(unfinished))
+
+
+def load_training(store: Store, address: Address) -> Unfinished | None:
+    """What `save_training` saved last; None where nothing is saved."""
     groups = _load_groups(store, address)
     if groups is None:
         return None

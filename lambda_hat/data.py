@@ -155,3 +155,11 @@ def _idx(name: str) -> bytes:
     if hashlib.sha256(content).hexdigest() != _FASHION_MNIST[name]:
         raise InvalidInput(f"{path} must be Fashion-MNIST's, but its content is another's. Install the file again.")
     return content
+
+
+#: Names a folder with mnist1m.npz, which `process_mnist1m` makes.
+MNIST1M_VARIABLE = "MNIST1M_FOLDER"
+
+
+def mnist1m(n: int) -> tuple[np.ndarray, np.ndarray]:
+    raise NotImplementedError

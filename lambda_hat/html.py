@@ -22,6 +22,9 @@ from lambda_hat.text import with_error
 #: Verdicts after which the number is no estimate; the others are warnings.
 WRONG = ("diverged", "nan chains", "temperature jumped", "negative llc", "llc above d/2", "loss below w*", "poor approximation")
 
+#: What made the numbers.
+VERSIONS = f"lambda_hat {__version__}, algorithms {ALGORITHM_VERSION}"
+
 #: Bytes of plots of single runs that one file is to hold; the other runs' are in the store alone.
 MAX_RUN_PLOT_BYTES = 12_000_000
 
@@ -66,16 +69,11 @@ def sweep_report(
     Args:
       targets: by target_id. plots: over all targets. made_at: when its last run was diagnosed.
     """
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        loader=jinja2.FunctionLoader(lambda name: files("lambda_hat").joinpath("templates", name).read_text("utf-8")),
-    )  # fmt: skip
-    environment.filters |= {"image": _image, "title": _title, "text": _text}
-    environment.globals["error"] = with_error
     of_target: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for run in runs:
         of_target[run.spec.target_id].append(_run(run))
-    return environment.get_template("sweep.html").render(
+    return page(
+        "sweep.html",
         sweep_id=sweep_id,
         made_at=made_at,
         columns=COLUMNS,
@@ -88,8 +86,19 @@ def sweep_report(
             for target_id, of_runs in of_target.items()
         ],
         runs=[run for of_runs in of_target.values() for run in of_runs],
-        versions=f"lambda_hat {__version__}, algorithms {ALGORITHM_VERSION}, diagnosis {DIAGNOSIS_VERSION}",
+        versions=f"{VERSIONS}, diagnosis {DIAGNOSIS_VERSION}",
     )  # fmt: skip
+
+
+def page(template: str, **content: Any) -> str:
+    """A page of `templates/` with this content, escaped."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(lambda name: files("lambda_hat").joinpath("templates", name).read_text("utf-8")),
+    )  # fmt: skip
+    environment.filters |= {"image": _image, "title": _title, "text": _text}
+    environment.globals["error"] = with_error
+    return environment.get_template(template).render(**content)
 
 
 def severity(verdict: str) -> str:

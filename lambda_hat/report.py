@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lambda_hat.artifacts import sweep_id
@@ -52,7 +52,7 @@ def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table in aligned plain text, with each verdict but "ok" explained below it."""
     remedies = Counter((row["verdict"], row.get("remedy") or "") for row in rows if row["verdict"] != "ok")
     notes = [f"{verdict} ({count}): {remedy}" for (verdict, remedy), count in remedies.items()]
-    return "\n".join([_aligned(table(rows)), *notes])
+    return "\n".join([aligned(table(rows)), *notes])
 
 
 def plan_table(specs: Sequence[RunSpec], store: Store) -> str:
@@ -72,7 +72,7 @@ def plan_table(specs: Sequence[RunSpec], store: Store) -> str:
         f"{len(specs)} runs of {len(targets)} targets, {built} of them built; "
         f"{work:,.0f} full-data gradient equivalents (FGE) to compute"
     )
-    return "\n".join([_aligned(cells), total])
+    return "\n".join([aligned(cells), total])
 
 
 def plot_places(specs: Sequence[RunSpec], store: Store) -> str:
@@ -92,13 +92,13 @@ def plot_places(specs: Sequence[RunSpec], store: Store) -> str:
 _RIGHT = {"llc", "exact", "ESS", "R-hat", "FGE", "seconds"}
 
 
-def _aligned(cells: Sequence[Mapping[str, str]]) -> str:
-    """Columns of text, numbers to the right."""
+def aligned(cells: Sequence[Mapping[str, str]], right: Collection[str] = _RIGHT) -> str:
+    """Columns of text, those named `right` to the right."""
     names = list(cells[0]) if cells else []
     widths = {name: max(len(name), *(len(cell[name]) for cell in cells)) for name in names}
 
     def line(cell: Mapping[str, str]) -> str:
-        pads = (cell[name].rjust(widths[name]) if name in _RIGHT else cell[name].ljust(widths[name]) for name in names)
+        pads = (cell[name].rjust(widths[name]) if name in right else cell[name].ljust(widths[name]) for name in names)
         return "  ".join(pads).rstrip()
 
     header = line({name: name for name in names})

@@ -88,13 +88,14 @@ class Presets(Section):
     """Presets by name, one table for each part of a run.
 
     A target preset names its family, and for each of model, data and training a preset or an inline table.
-    A sampler preset names its kind.
+    A sampler preset, and the preset of a study's task, names its kind.
     """
 
     model: dict[Name, Preset] = {}
     data: dict[Name, Preset] = {}
     training: dict[Name, Preset] = {}
     target: dict[Name, Preset] = {}
+    task: dict[Name, Preset] = {}
     posterior: dict[Name, Preset] = {}
     sampler: dict[Name, Preset] = {}
 
@@ -104,6 +105,14 @@ class Experiment(Section):
 
     description: str = ""
     sweeps: list[list[str]] = Field(min_length=1)
+
+
+class StudyExperiment(Experiment):
+    """A batch-size study: a union of sweeps over trials, and what is made of them."""
+
+    plots: tuple[str, ...] = Field(default=(), description="names of plots; none = all that apply")
+    keep: bool = Field(default=False, description="whether every trained network is kept as a target")
+    curvature: bool = Field(default=False, description="whether the curvature and the noise scale at the end are measured")
 
 
 class Settings(BaseSettings):
@@ -117,6 +126,7 @@ class Settings(BaseSettings):
     runtime: Runtime = Runtime()
     presets: Presets = Presets()
     experiments: dict[Name, Experiment] = {}
+    studies: dict[Name, StudyExperiment] = {}
 
     @classmethod
     def settings_customise_sources(

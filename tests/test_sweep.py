@@ -32,7 +32,8 @@ from prefect.settings import (
 from prefect.testing.utilities import prefect_test_harness
 
 from flows import sweep as flow
-from flows.orchestration import RunsFailed, command_line
+from flows import tasks as steps_alone
+from flows.orchestration import RunsFailed
 from flows.progress import STOPPED, Interrupted
 from flows.tasks import artifact_task
 from lambda_hat import artifacts, report
@@ -139,7 +140,7 @@ def run(prefect_home, settings_file):
         result = state.result(raise_on_failure=False)
         error = result if isinstance(result, Exception) else None
         return SimpleNamespace(
-            state=state, error=error, rows=error.rows if isinstance(error, RunsFailed) else None if error else result
+            state=state, error=error, rows=error.result if isinstance(error, RunsFailed) else None if error else result
         )
 
     return run
@@ -323,7 +324,7 @@ def test_only_what_is_lost_is_recomputed(run, store, settings_file):
 def test_a_failure_leaves_the_others_alone_and_is_tried_again(run, store, settings_file):
     with pytest.raises(RunsFailed, match=r"^1 of 3 runs failed; the others are finished and kept\.$") as raised:
         flow.sweep("diverges", store_uri=store.uri, settings_file=settings_file)
-    assert [row["status"] for row in raised.value.rows] == ["failed", "computed", "computed"]
+    assert [row["status"] for row in raised.value.result] == ["failed", "computed", "computed"]
     before = made(store)
     # The failure is not cached, what was finished is.
     again = run(store, experiment="diverges")
@@ -332,16 +333,16 @@ def test_a_failure_leaves_the_others_alone_and_is_tried_again(run, store, settin
     assert statuses(again) == ["failed", "cached", "cached"]
     assert tasks(again, 2) == {"build mlp": "Failed", "sample mlp by sgld": "NotReady"}
     assert made(store) == before
-    for rows in (raised.value.rows, again.rows):
+    for rows in (raised.value.result, again.rows):
         assert rows[0]["verdict"] == "failed"
         assert "FloatingPointError" in rows[0]["remedy"]
         assert "it diverged with learning_rate=1000000.0. Lower training.learning_rate." in rows[0]["remedy"]
-        assert (rows[1]["llc"], "llc" in rows[0]) == (raised.value.rows[1]["llc"], False)
+        assert (rows[1]["llc"], "llc" in rows[0]) == (raised.value.result[1]["llc"], False)
     shown = ui_artifacts(again)
     assert shown["sweep-results"].description == "2 of 3 runs finished"
     assert json.loads(shown["sweep-results"].data)[0]["verdict"] == "failed"
     assert shown["sweep-results-plots"].data.count("![") == 1
-    assert not store.exists(target_address(raised.value.rows[0]["target_id"]))
+    assert not store.exists(target_address(raised.value.result[0]["target_id"]))
 
 
 def test_damage_fails_with_a_remedy_that_helps(run, store, settings_file):
@@ -384,9 +385,9 @@ def test_all_failed(run, store):
 
 
 def test_failures_survive_pickling():
-    error = pickle.loads(pickle.dumps(RunsFailed([{"status": "failed"}, {"status": "cached"}])))
-    assert error.rows == [{"status": "failed"}, {"status": "cached"}]
-    assert str(error) == "1 of 2 runs failed; the others are finished and kept."
+    error = pickle.loads(pickle.dumps(RunsFailed("1 of 2 runs failed", [{"status": "failed"}, {"status": "cached"}])))
+    assert error.result == [{"status": "failed"}, {"status": "cached"}]
+    assert str(error) == "1 of 2 runs failed"
 
 
 def test_a_changed_number_computes_the_new_run_alone(run, store, settings_file):
@@ -587,9 +588,9 @@ def test_task_functions(store, settings_file):
     spec = specs_of(settings_file, *ONE)[0]
     place = {"store_uri": store.uri, "settings_file": settings_file}
     with disable_run_logger():
-        metrics = flow.build_target.fn(spec.target_id, "", spec.model_dump(mode="json"), place)
-        [summary] = flow.sample.fn(artifacts.sweep_id([spec]), "", [spec.model_dump(mode="json")], place)
-    result = flow.diagnose.fn(spec.run_id, "", spec.model_dump(mode="json"), place)
+        metrics = steps_alone.build_target.fn(spec.target_id, "", spec.model_dump(mode="json"), place)
+        [summary] = steps_alone.sample.fn(artifacts.sweep_id([spec]), "", [spec.model_dump(mode="json")], place)
+    result = steps_alone.diagnose.fn(spec.run_id, "", spec.model_dump(mode="json"), place)
     assert metrics["true_llc"] == "4/2"
     assert summary["fge"] >= spec.fge
     assert summary["nbeta"] == spec.nbeta
@@ -605,7 +606,7 @@ def command(settings_file, monkeypatch, capsys):
         where = [] if settings is None else ["--settings", settings]
         monkeypatch.setattr(sys, "argv", ["sweep.py", *arguments, *where])
         try:
-            status = command_line(flow.sweep, flow.plan, flow.EXAMPLES)
+            status = flow.main()
         except SystemExit as stop:
             status = stop.code
         captured = capsys.readouterr()

@@ -14,6 +14,7 @@ from lambda_hat.targets.modular_addition import ModularAdditionSpec
 from lambda_hat.targets.singular import NormalCrossingSpec, TanhSpec
 from lambda_hat.targets.superposition import SuperpositionSpec
 from lambda_hat.targets.supervised import MlpSpec
+from lambda_hat.trials.spec import TrialSpec
 
 AnyTargetSpec = Annotated[
     MlpSpec
@@ -28,7 +29,8 @@ AnyTargetSpec = Annotated[
     | NormalCrossingSpec
     | DeepLinearSpec
     | ReducedRankSpec
-    | TanhSpec,
+    | TanhSpec
+    | TrialSpec,
     Field(discriminator="family"),
 ]
 

@@ -1,0 +1,247 @@
+"""The steps of a study, each from specs to a published artifact: trials trained together, curvatures, the study.
+
+Every step computes only what the store does not hold, so calling it again, in any process, is free.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lambda_hat import artifacts
+from lambda_hat.arrays import flatten, pack_arrays, unpack_arrays
+from lambda_hat.batch_size.study import Study
+from lambda_hat.chunks import Progress, no_progress
+from lambda_hat.manifest import (
+    STUDY_VERSION,
+    Address,
+    ArtifactError,
+    Manifest,
+    curvature_address,
+    diagnosis_address,
+    study_address,
+    target_address,
+    trials_address,
+)
+from lambda_hat.run import RunSpec
+from lambda_hat.spec import InvalidInput, content_id, dotted
+from lambda_hat.store import Store
+from lambda_hat.trials.spec import TrialSpec
+
+if TYPE_CHECKING:
+    pass
+
+#: Trials of one artifact at most, all trained by one program; an interrupted study goes on within it.
+MAX_TOGETHER = 512
+
+#: What a curvature has a column of in the study's table.
+_MEASURED = ("sharpness", "hessian_trace", "gradient_noise_scale")
+
+
+def batches(specs: Sequence[TrialSpec]) -> list[list[TrialSpec]]:
+    """The trials one program can train together: different in eta, richness and seed only."""
+    groups: dict[TrialSpec, list[TrialSpec]] = defaultdict(list)
+    for spec in specs:
+        groups[spec.static()].append(spec)
+    return [group[start : start + MAX_TOGETHER] for group in groups.values() for start in range(0, len(group), MAX_TOGETHER)]
+
+
+def trials_id(specs: Sequence[TrialSpec]) -> str:
+    """Of these trials, trained together."""
+    return content_id("trl", sorted(spec.target_id for spec in specs))
+
+
+def trained(store: Store) -> dict[str, Address]:
+    """Where each trial that was ever trained is: trial_id -> address of the trials it was trained with."""
+    found = store.manifests(address for address in store.addresses() if address.kind == "trials")
+    return {trial_id: manifest.address for manifest in found for trial_id in manifest.spec["trial_ids"]}
+
+
+def train_batch(specs: Sequence[TrialSpec], store: Store, keep: bool = False, progress: Progress = no_progress) -> Manifest:
+    """Trains a batch of `batches`, or finds it: each trial's result in results.json, their loss curves in curves.npz.
+
+    Interrupted training goes on from where it was saved last and gives the numbers of an uninterrupted one.
+
+    Args:
+      keep: publish every network that has not diverged as a target; of trials found in the store, `build_target` does.
+    """
+    address = trials_address(trials_id(specs))
+    if (manifest := store.manifest(address)) is not None:
+        store.clear_checkpoint(address)
+        return manifest
+    from lambda_hat.trials.engine import train_trials
+    from lambda_hat.trials.result import to_target
+
+    results = train_trials(
+        specs, progress, artifacts.load_training(store, address), functools.partial(artifacts.save_training, store, address)
+    )
+    if keep:
+        for result in results:
+            if result.diverged_at_step is None:
+                artifacts.publish_target(to_target(result), store)
+    rows: list[dict[str, Any]] = [
+        {"trial_id": result.spec.target_id, "spec": result.spec.model_dump(mode="json", exclude={"checkpoint"}),
+         "diverged_at_step": result.diverged_at_step, "metrics": result.metrics, "seconds": result.seconds}
+        for result in results
+    ]  # fmt: skip
+    curves = {"steps": np.asarray(results[0].steps), "losses": np.stack([result.losses for result in results])}
+    text = json.dumps(json.loads(json.dumps(rows), parse_constant=lambda _: None))  # JSON knows no NaN
+    manifest = store.publish(
+        address, {"results.json": text.encode(), "curves.npz": pack_arrays(curves)},
+        spec={"trial_ids": [row["trial_id"] for row in rows]},
+        summary={
+            "num_trials": len(rows), "num_diverged": sum(row["diverged_at_step"] is not None for row in rows),
+            "seconds": sum(row["seconds"] for row in rows), "made_with": artifacts.made_with(),
+        },
+    )  # fmt: skip
+    store.clear_checkpoint(address)
+    return manifest
+
+
+def find_trial(store: Store, text: str) -> TrialSpec:
+    """The trial whose id is `text` or, it alone, begins with it.
+
+    Raises:
+      InvalidInput: there is none, or several.
+    """
+    places = trained(store)
+    found = [trial_id for trial_id in places if trial_id.startswith(text)]
+    if len(found) != 1:
+        names = ", ".join(found[:5]) or "none"
+        raise InvalidInput(
+            f"A trial's id, or its beginning, must fit one trial in {store.uri}; {text!r} fits {names}. "
+            "The table of a study lists the ids: lambda-hat study latest --format csv."
+        )
+    [row] = [row for row in _rows(store, places[found[0]]) if row["trial_id"] == found[0]]
+    return TrialSpec.from_dict(row["spec"])
+
+
+def measure_curvature(target_id: str, store: Store) -> Manifest:
+    """Measures the curvature and the gradient noise scale of a target in the store at w*, or finds them."""
+    address = curvature_address(target_id)
+    if (manifest := store.manifest(address)) is not None:
+        return manifest
+    import jax
+
+    from lambda_hat.batch_size.curvature import curvature
+    from lambda_hat.batch_size.noise_scale import gradient_noise_scale
+
+    target = artifacts.load_target(store, target_id)
+    found, noise = curvature(target, jax.random.key(0)), gradient_noise_scale(target, jax.random.key(1))
+    summary = {
+        "sharpness": found.sharpness, "eigenvalues": found.eigenvalues.largest.tolist(),
+        "eigenvalue_errors": found.eigenvalues.largest_errors.tolist(), "smallest_eigenvalue": found.eigenvalues.smallest,
+        "hessian_trace": found.trace.value, "hessian_trace_error": found.trace.error, "made_with": artifacts.made_with(),
+        "gradient_noise_scale": noise.noise_scale, "gradient_noise_scale_error": noise.error,
+    }  # fmt: skip
+    density = pack_arrays({"grid": found.density.grid, "density": found.density.density})
+    return store.publish(address, {"density.npz": density}, spec={"target_id": target_id}, summary=summary)
+
+
+def load_study(store: Store, trial_ids: Sequence[str], runs: Sequence[RunSpec] = ()) -> Study:
+    """The table and the curves of these trials, with the curvatures there are, and the llc of these runs that are diagnosed.
+
+    Raises:
+      ArtifactError: a trial was not trained, or its result is damaged.
+    """
+    import pandas as pd
+
+    places = trained(store)
+    missing = [trial_id for trial_id in trial_ids if trial_id not in places]
+    if missing:
+        raise ArtifactError(
+            f"A study's trials must be trained; {len(missing)} of {len(trial_ids)} are not in {store.uri}. "
+            "Run the study again: it trains what is missing."
+        )
+    rows: dict[str, dict[str, Any]] = {}
+    curves: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for address in dict.fromkeys(places[trial_id] for trial_id in trial_ids):
+        arrays = unpack_arrays(store.read(address, "curves.npz"))
+        for row, losses in zip(_rows(store, address), arrays["losses"], strict=True):
+            rows[row["trial_id"]], curves[row["trial_id"]] = row, (arrays["steps"], losses)
+    table = pd.DataFrame([_table_row(rows[trial_id]) for trial_id in trial_ids])
+    measured = {m.id: m.summary for m in store.manifests(map(curvature_address, trial_ids))}
+    for name in _MEASURED if measured else ():
+        table[name] = [measured.get(trial_id, {}).get(name, np.nan) for trial_id in trial_ids]
+    llcs = _llcs(store, runs)
+    if llcs:
+        table["llc"] = [llcs.get(trial_id, {}).get("llc", np.nan) for trial_id in trial_ids]
+        table["llc_mcse"] = [llcs.get(trial_id, {}).get("mcse", np.nan) for trial_id in trial_ids]
+        table["verdict"] = [llcs.get(trial_id, {}).get("verdict", "") for trial_id in trial_ids]
+    return Study(table, {trial_id: curves[trial_id] for trial_id in trial_ids})
+
+
+def study_id(trial_ids: Sequence[str], runs: Sequence[RunSpec], plots: Sequence[str], name: str) -> str:
+    """Of the comparison of these trials and runs, with these plots, by this version."""
+    run_ids = sorted(run.run_id for run in runs)
+    return content_id(
+        "sty",
+        {"version": STUDY_VERSION, "name": name, "trial_ids": sorted(trial_ids), "run_ids": run_ids, "plots": list(plots)},
+    )
+
+
+def publish_study(
+    name: str, trial_ids: Sequence[str], store: Store, plots: Sequence[str] = (), runs: Sequence[RunSpec] = (),
+    curvature: bool = False,
+) -> Manifest:  # fmt: skip
+    """Publishes the comparison of trained trials, or finds it: results.csv, results.parquet, curves.npz, plots, report.html."""
+    address = study_address(study_id(trial_ids, runs, [*plots, "curvature"] if curvature else plots, name))
+    if (manifest := store.manifest(address)) is not None:
+        return manifest
+    from lambda_hat.batch_size.plots import PLOTS, draw_plots
+    from lambda_hat.batch_size.report import study_report
+
+    study = load_study(store, trial_ids, runs)
+    places = trained(store)
+    drawn = draw_plots(study, list(plots) or list(PLOTS))
+    made_at = max(m.created_at for m in store.manifests({places[trial_id] for trial_id in trial_ids}))
+    files = {f"{plot}.png": png for plot, png in drawn.items()}
+    files["results.csv"] = study.table.to_csv(index=False).encode()
+    parquet = io.BytesIO()
+    study.table.to_parquet(parquet)
+    files["results.parquet"] = parquet.getvalue()
+    files["curves.npz"] = pack_arrays(
+        flatten({trial_id: {"steps": x, "losses": y} for trial_id, (x, y) in study.curves.items()})
+    )
+    files["report.html"] = study_report(address.id, name, study, drawn, made_at[:16].replace("T", " ")).encode()
+    spec = {
+        "name": name, "trials_ids": sorted({places[trial_id].id for trial_id in trial_ids}),
+        "target_ids": sorted(m.id for m in store.manifests(map(target_address, trial_ids))),
+        "run_ids": sorted(run.run_id for run in runs),
+    }  # fmt: skip
+    summary = {"num_trials": len(trial_ids), "num_diverged": int(study.table["diverged_at_step"].notna().sum())}
+    return store.publish(address, files, spec=spec, summary=summary)
+
+
+def _rows(store: Store, address: Address) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(store.read(address, "results.json"))
+    return rows
+
+
+def _table_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A trial as one row of the table; NaN for what a diverged one does not have."""
+    spec = TrialSpec.from_dict(row["spec"])
+    fields = dotted(spec.model_dump(mode="json", exclude={"family", "checkpoint", "num_epochs"}))
+    metrics = row["metrics"]
+    names = ("final_loss", "test_loss", "train_accuracy", "test_accuracy")
+    known: dict[str, Any] = {"trial_id": row["trial_id"]} | fields | {"num_steps": spec.total_steps}
+    known |= {"temperature": spec.eta / spec.batch_size, "samples": spec.total_steps * spec.batch_size}
+    measured = {name: metrics.get(name) for name in names} | {"diverged_at_step": row["diverged_at_step"]}
+    measured |= {f"activation_change_{layer}": change for layer, change in enumerate(metrics["activation_change"], 1)}
+    measured["seconds"] = row["seconds"]
+    return known | {name: np.nan if value is None else value for name, value in measured.items()}
+
+
+def _llcs(store: Store, runs: Sequence[RunSpec]) -> dict[str, dict[str, Any]]:
+    """The diagnosis of the first of these runs on each target, as far as there is one."""
+    first: dict[str, RunSpec] = {}
+    for run in runs:
+        first.setdefault(run.target_id, run)
+    found = store.manifests(diagnosis_address(run.target_id, run.run_id) for run in first.values())
+    return {str(m.target_id): {name: np.nan if value is None else value for name, value in m.summary.items()} for m in found}

@@ -1,0 +1,398 @@
+"""Numbers from studies: optimal learning rates and their slopes, steps to a target loss, critical batch sizes, collapse.
+
+A diverged trial's loss is NaN. What cannot be measured on the grid at hand is flagged or None, never extrapolated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+
+from lambda_hat.batch_size.smoothing import updates_done
+from lambda_hat.spec import InvalidInput
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: Steps and losses, (P,) each; see `lambda_hat.batch_size.study.Study`.
+Curve = tuple[np.ndarray, np.ndarray]
+
+#: Richness up to which training is lazy and from which on it is rich; the optimal rate bends in between.
+LAZY, RICH = 0.03, 10.0
+#: The share of samples above linear scaling that defines the critical batch size of Zhang et al. 2024, arXiv 2410.21676.
+EXCESS = 0.2
+#: Points at which two loss curves are compared.
+COMPARED = 100
+
+#: From the worst to the best: no finite loss; the minimum is at an end of the grid, and the optimum perhaps beyond it; it is
+#: beside a diverged trial, so the optimum lies within a grid step of it but cannot be refined; refined.
+Flag = Literal["none", "edge", "divergence", ""]
+FLAGS: tuple[Flag, ...] = ("none", "edge", "divergence", "")
+
+
+class Optimum(NamedTuple):
+    """The learning rate of the lowest loss.
+
+    log2_eta: mean over the seeds, NaN if none has a finite loss. error: standard error over the seeds, with step / sqrt(12)
+    in quadrature where a grid point could not be refined; NaN for one seed whose optimum is refined. loss: at the optimum, mean
+    over the seeds. flag: the worst of the seeds'. step: the grid's at the optimum, in log2 eta. per_seed: log2 eta, (seeds,).
+    """
+
+    log2_eta: float
+    error: float
+    loss: float
+    flag: Flag
+    step: float
+    per_seed: np.ndarray
+
+    @property
+    def bracketed(self) -> bool:
+        """Whether higher or diverged losses lie on both sides, so that the optimum is known to within a grid step."""
+        return self.flag in ("", "divergence")
+
+
+def optimum(etas: np.ndarray, losses: np.ndarray) -> Optimum:
+    """The optimal learning rate: each seed's grid minimum, refined by the parabola in log loss over log2 eta of its neighbours.
+
+    Args:
+      etas: (E,). losses: final losses, NaN where training diverged, (E,) or (seeds, E).
+    """
+    order = np.argsort(etas)
+    x, losses = np.log2(np.asarray(etas, np.float64)[order]), np.atleast_2d(np.asarray(losses, np.float64))[:, order]
+    found = [_optimum_of_seed(x, seed) for seed in losses]
+    per_seed = np.array([place for place, _, _ in found])
+    flag = min((flag for _, _, flag in found), key=FLAGS.index)
+    known = per_seed[np.isfinite(per_seed)]
+    if not known.size:
+        return Optimum(math.nan, math.nan, math.nan, flag, math.nan, per_seed)
+    place = float(known.mean())
+    step = _grid_step(x, place)
+    error = float(np.std(known, ddof=1)) / math.sqrt(len(known)) if len(known) > 1 else math.nan
+    if flag:
+        error = math.hypot(0.0 if math.isnan(error) else error, step / math.sqrt(12))
+    return Optimum(place, error, float(np.nanmean([loss for _, loss, _ in found])), flag, step, per_seed)
+
+
+def _optimum_of_seed(x: np.ndarray, losses: np.ndarray) -> tuple[float, float, Flag]:
+    """log2 eta, the loss there and the flag of one curve of losses over x = log2 eta, both (E,)."""
+    finite = np.isfinite(losses)
+    if not finite.any():
+        return math.nan, math.nan, "none"
+    best = int(np.argmin(np.where(finite, losses, np.inf)))
+    if best in (0, len(x) - 1):
+        return float(x[best]), float(losses[best]), "edge"
+    around = slice(best - 1, best + 2)
+    if not finite[around].all():
+        return float(x[best]), float(losses[best]), "divergence"
+    # The tiniest normal number stands for a loss of exactly zero.
+    curvature, slope, height = np.polyfit(x[around] - x[best], np.log(np.maximum(losses[around], np.finfo(float).tiny)), 2)
+    offset = -slope / (2 * curvature) if curvature > 0 else 0.0
+    return float(x[best] + offset), math.exp(height + slope * offset / 2), ""
+
+
+def _grid_step(x: np.ndarray, place: float) -> float:
+    """The distance of the grid's points around `place`."""
+    right = int(np.clip(np.searchsorted(x, place), 1, len(x) - 1))
+    return float(x[right] - x[right - 1]) if len(x) > 1 else math.nan
+
+
+def _optima(table: pd.DataFrame, by: str) -> tuple[np.ndarray, tuple[Optimum, ...]]:
+    """The values of the column `by`, ascending, and the optimum at each.
+
+    Raises:
+      InvalidInput: two trials differ in none of `by`, eta and seed.
+    """
+    if table.duplicated([by, "eta", "seed"]).any():
+        raise InvalidInput(
+            f"Optima are taken over trials that differ in {by}, eta and seed alone; got several for one of each. "
+            "Filter the table, or take its groups one by one."
+        )
+    values, found = [], []
+    for value, group in table.groupby(by):
+        grid = group.pivot(index="seed", columns="eta", values="final_loss")
+        values.append(float(value))  # type: ignore[arg-type]
+        found.append(optimum(grid.columns.to_numpy(np.float64), grid.to_numpy(np.float64)))
+    return np.array(values), tuple(found)
+
+
+# --- Slopes ------------------------------------------------------------------------------------------------------------
+
+
+class Slope(NamedTuple):
+    """y = exp(intercept) x^slope: the exponent, its standard error and the ends of its confidence interval, NaN where there
+    are no more points than unknowns. num_x: distinct x that were used. left_out: x that were not."""
+
+    slope: float
+    error: float
+    low: float
+    high: float
+    intercept: float
+    num_x: int
+    left_out: tuple[float, ...]
+
+
+def power_slope(
+    x: np.ndarray, y: np.ndarray, shared_errors: np.ndarray | None = None, keep: np.ndarray | None = None,
+    confidence: float = 0.95,
+) -> Slope | None:  # fmt: skip
+    """The slope of log y over log x by ordinary least squares; None for fewer than two distinct x.
+
+    The standard error is that of the points' scatter about the line, and of `shared_errors` in quadrature; the interval takes
+    Student's t with (points - 2) degrees of freedom.
+
+    Args:
+      x, y: positive, (P,); several seeds' y at one x are as many points. A y that is not finite is left out.
+      shared_errors: standard errors of log y that all points of one x have in common, as the grid's resolution is, (P,).
+      keep: which points to use, (P,).
+    """
+    from scipy.stats import t as student
+
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    use = np.isfinite(y) & (True if keep is None else np.asarray(keep, bool))
+    left_out = tuple(float(value) for value in np.setdiff1d(x, x[use]))
+    log_x, log_y = np.log(x[use]), np.log(y[use])
+    places, which = np.unique(log_x, return_inverse=True)
+    if len(places) < 2:
+        return None
+    centred = log_x - log_x.mean()
+    influence = centred / np.sum(np.square(centred))  # of each point on the slope
+    slope = float(influence @ log_y)
+    intercept = float(log_y.mean() - slope * log_x.mean())
+    freedom = len(log_x) - 2
+    if freedom < 1:
+        return Slope(slope, math.nan, math.nan, math.nan, intercept, len(places), left_out)
+    scatter = np.sum(np.square(log_y - intercept - slope * log_x)) / freedom
+    variance = scatter * np.sum(np.square(influence))
+    if shared_errors is not None:
+        variance += np.sum(np.square(np.bincount(which, influence * np.asarray(shared_errors, np.float64)[use])))
+    error = math.sqrt(variance)
+    reach = float(student.ppf((1 + confidence) / 2, freedom)) * error
+    return Slope(slope, error, slope - reach, slope + reach, intercept, len(places), left_out)
+
+
+def _slope_of_optima(x: np.ndarray, optima: Sequence[Optimum]) -> Slope | None:
+    """The slope of log eta* over log x: of bracketed optima; those that are not refined stand for a whole grid step."""
+    counts = [len(found.per_seed) for found in optima]
+    resolution = [found.step / math.sqrt(12) * math.log(2) if found.flag else 0.0 for found in optima]
+    return power_slope(
+        np.repeat(x, counts),
+        np.exp2(np.concatenate([found.per_seed for found in optima])) if len(optima) else np.array([]),
+        np.repeat(resolution, counts),
+        np.repeat([found.bracketed for found in optima], counts),
+    )
+
+
+class RichnessSlopes(NamedTuple):
+    """Optimal learning rates over richness, (R,), and the slopes of log eta* over log richness on the lazy side, up to `LAZY`,
+    and the rich one, from `RICH` on; None where fewer than two optima are bracketed. theory: the two slopes expected."""
+
+    richness: np.ndarray
+    optima: tuple[Optimum, ...]
+    lazy: Slope | None
+    rich: Slope | None
+    theory: tuple[float, float]
+
+
+def richness_slopes(table: pd.DataFrame) -> RichnessSlopes:
+    """How the optimal raw learning rate scales with richness, for trials that differ in richness, eta and seed alone.
+
+    For SGD and L weight layers theory says eta* ~ richness^2 in lazy and richness^(2/L) in rich training (Atanasov et al.
+    2024, arXiv 2410.04642); for Adam, whose updates do not scale with the gradient, half of both.
+
+    Raises:
+      InvalidInput: the trials differ in more than that, or their rate_rule is not raw.
+    """
+    found = {name: table[name].unique().tolist() for name in ("rate_rule", "depth", "optimizer")}
+    if found["rate_rule"] != ["raw"] or any(len(values) != 1 for values in found.values()):
+        raise InvalidInput(
+            f"Slopes over richness are of trials with rate_rule=raw, of one depth and one optimizer; got {found}. Filter the "
+            "table, or take its groups one by one; the other rules already scale the rate with richness."
+        )
+    richness, optima = _optima(table, "richness")
+    sides = [
+        _slope_of_optima(richness[side], [of for of, here in zip(optima, side, strict=True) if here])
+        for side in (richness <= LAZY, richness >= RICH)
+    ]
+    power = 2.0 if found["optimizer"] == ["sgd"] else 1.0
+    return RichnessSlopes(richness, optima, sides[0], sides[1], (power, power / found["depth"][0]))
+
+
+class WidthTransfer(NamedTuple):
+    """Optimal learning rates over width, (W,). shifts: from the smallest width's, in steps of the grid, NaN where one of the
+    two is not bracketed, (W,). slope: of log eta* over log width; 0 where the rate transfers."""
+
+    widths: np.ndarray
+    optima: tuple[Optimum, ...]
+    shifts: np.ndarray
+    slope: Slope | None
+
+
+def width_transfer(table: pd.DataFrame) -> WidthTransfer:
+    """Whether the optimal learning rate stays with the width, for trials that differ in width, eta and seed alone.
+
+    Raises:
+      InvalidInput: the trials differ in more than that.
+    """
+    widths, optima = _optima(table, "width")
+    places = np.array([found.log2_eta if found.bracketed else math.nan for found in optima])
+    return WidthTransfer(widths, optima, (places - places[0]) / optima[0].step, _slope_of_optima(widths, optima))
+
+
+# --- Batch size --------------------------------------------------------------------------------------------------------
+
+
+def steps_to_target(curve: Curve, loss: float) -> float | None:
+    """Updates after which the curve is first at or below the loss, interpolated in log loss; None where it never is.
+
+    A point counts as the updates done, on average, when its losses were computed (`lambda_hat.batch_size.smoothing`). A noisy
+    curve dips below a loss early: smooth it first.
+    """
+    updates, losses = updates_done(curve[0]), np.asarray(curve[1], np.float64)
+    below = np.flatnonzero(losses <= loss)
+    if not below.size:
+        return None
+    at = int(below[0])
+    if at == 0 or losses[at] <= 0 or not np.isfinite(losses[at - 1]):
+        return float(updates[at])
+    share = math.log(losses[at - 1] / loss) / math.log(losses[at - 1] / losses[at])
+    return float(updates[at - 1] + share * (updates[at] - updates[at - 1]))
+
+
+class CriticalBatchSize(NamedTuple):
+    """The trade of steps for samples, S(B) = min_steps (1 + batch_size / B), with confidence intervals (low, high).
+
+    batch_size: B_crit = min_samples / min_steps. in_range: whether it lies among the batch sizes measured; else the intervals
+    alone say what is known. linear_limit: the batch size from which on training takes a share `EXCESS` of samples more than
+    at the smallest one, free of the model; None where it never does.
+    """
+
+    batch_size: float
+    batch_size_interval: tuple[float, float]
+    min_steps: float
+    min_steps_interval: tuple[float, float]
+    min_samples: float
+    min_samples_interval: tuple[float, float]
+    in_range: bool
+    linear_limit: float | None
+
+
+def critical_batch_size(
+    batch_sizes: Sequence[float] | np.ndarray, steps: Sequence[float | None] | np.ndarray, confidence: float = 0.95
+) -> CriticalBatchSize | None:
+    """Fits (S/S_min - 1) (E/E_min - 1) = 1 with E = S B (McCandlish et al. 2018, arXiv 1812.06162), by least squares in log S.
+
+    Args:
+      batch_sizes: (P,), in which seeds repeat. steps: to the target loss, (P,); None, NaN or 0 are left out.
+
+    Returns:
+      None where fewer than three batch sizes reach the target. The intervals take Student's t with (points - 2) degrees of
+      freedom, in the logarithms.
+    """
+    from scipy.optimize import least_squares
+    from scipy.stats import t as student
+
+    sizes, taken = np.asarray(batch_sizes, np.float64), np.array([math.nan if s is None else s for s in steps], np.float64)
+    use = np.isfinite(taken) & (taken > 0)
+    log_b, log_s = np.log(sizes[use]), np.log(taken[use])
+    if len(np.unique(log_b)) < 3:
+        return None
+
+    def residuals(unknowns: np.ndarray) -> np.ndarray:
+        return unknowns[0] + np.logaddexp(0.0, unknowns[1] - log_b) - log_s
+
+    start = np.array([log_s.min(), (log_s + log_b).min() - log_s.min()])
+    fit = least_squares(residuals, start, x_scale=1.0, ftol=1e-12, xtol=1e-12, gtol=1e-12)
+    log_steps, log_critical = fit.x
+    # Errors as in linear regression on 1 and the derivative with respect to log B_crit.
+    derivative = 1 / (1 + np.exp(np.clip(log_b - log_critical, -700, 700)))
+    count, mean = len(log_b), derivative.mean()
+    spread = np.sum(np.square(derivative - mean))
+    freedom = count - 2
+    scatter = np.sum(np.square(fit.fun)) / freedom
+    reach = float(student.ppf((1 + confidence) / 2, freedom)) * math.sqrt(scatter)
+
+    def with_interval(log_value: float, share: float) -> tuple[float, tuple[float, float]]:
+        """exp of it and its interval; `share` of the derivative is in it besides 1."""
+        own = reach * math.sqrt(share) if math.isfinite(share) else math.inf
+        with np.errstate(over="ignore"):
+            return math.exp(log_value), (float(np.exp(log_value - own)), float(np.exp(log_value + own)))
+
+    with np.errstate(divide="ignore", over="ignore"):
+        shares = [1 / spread, 1 / count + mean**2 / spread, 1 / count + (1 - mean) ** 2 / spread]
+    values = [with_interval(*pair) for pair in zip((log_critical, log_steps, log_steps + log_critical), shares, strict=True)]
+    in_range = bool(log_b.min() <= log_critical <= log_b.max())
+    return CriticalBatchSize(*values[0], *values[1], *values[2], in_range, _linear_limit(log_b, log_b + log_s))
+
+
+def _linear_limit(log_sizes: np.ndarray, log_samples: np.ndarray) -> float | None:
+    """The batch size at which the samples needed, relative to the smallest batch size's, rise above 1 + `EXCESS` for good."""
+    places, which = np.unique(log_sizes, return_inverse=True)
+    samples = np.bincount(which, log_samples) / np.bincount(which)
+    excess = samples - samples[0] - math.log1p(EXCESS)
+    last = int(np.flatnonzero(excess < 0)[-1])
+    if last == len(places) - 1:
+        return None
+    return math.exp(np.interp(0.0, excess[last : last + 2], places[last : last + 2]))
+
+
+class Collapse(NamedTuple):
+    """How far loss curves over samples seen are from that of the reference, the smallest batch size of which none diverged.
+
+    differences: root mean square of the difference in log loss at equal samples, less what the seeds' scatter adds to it; 0
+    for the reference, infinite where a trial diverged, NaN where no samples are common; (K,). breaks_at: the batch size at
+    which it exceeds the tolerance; None where it never does.
+    """
+
+    batch_sizes: np.ndarray
+    differences: np.ndarray
+    breaks_at: float | None
+
+
+def collapse(curves: Sequence[tuple[float, Curve]], tolerance: float = 0.1) -> Collapse | None:
+    """Whether curves at one eta/B agree over samples seen, as they do for B far below B_crit; None where all sizes diverged.
+
+    Args:
+      curves: (batch size, its loss curve); several of one size are its seeds. Noisy ones are to be smoothed.
+      tolerance: the root mean square difference in log loss, over points evenly spaced in log samples, that still is agreement.
+    """
+    sizes = np.unique([size for size, _ in curves]).astype(np.float64)
+    by_size = [[curve for of, curve in curves if of == size] for size in sizes]
+    whole = [all(np.isfinite(losses).all() for _, losses in seeds) for seeds in by_size]
+    if not any(whole):
+        return None
+    reference = whole.index(True)
+    differences = np.array([
+        math.inf if not fine else 0.0 if k == reference else _difference(sizes[reference], by_size[reference], sizes[k], seeds)
+        for k, (fine, seeds) in enumerate(zip(whole, by_size, strict=True))
+    ])  # fmt: skip
+    broken = [k for k in range(reference + 1, len(sizes)) if differences[k] > tolerance]
+    if not broken:
+        return Collapse(sizes, differences, None)
+    at, before = broken[0], max(k for k in range(reference, broken[0]) if np.isfinite(differences[k]))
+    share = (tolerance - differences[before]) / (differences[at] - differences[before]) if np.isfinite(differences[at]) else 1.0
+    return Collapse(sizes, differences, float(sizes[before] * (sizes[at] / sizes[before]) ** share))
+
+
+def _difference(reference_size: float, reference: list[Curve], size: float, seeds: list[Curve]) -> float:
+    """Root mean square over log samples of the difference of the seeds' mean log losses, less its variance over seeds."""
+    groups = [[_log_samples(of, curve) for curve in curves] for of, curves in ((reference_size, reference), (size, seeds))]
+    every = [points for group in groups for points in group]
+    if any(len(x) == 0 for x, _ in every):
+        return math.nan
+    low, high = max(x[0] for x, _ in every), min(x[-1] for x, _ in every)
+    if low >= high:
+        return math.nan
+    grid = np.linspace(low, high, COMPARED)
+    lines = [np.stack([np.interp(grid, *points) for points in group]) for group in groups]
+    noise = sum(float(np.mean(np.var(of, axis=0, ddof=1))) / len(of) for of in lines if len(of) > 1)
+    return math.sqrt(max(0.0, float(np.mean(np.square(lines[0].mean(axis=0) - lines[1].mean(axis=0)))) - noise))
+
+
+def _log_samples(size: float, curve: Curve) -> tuple[np.ndarray, np.ndarray]:
+    """Log of the samples seen and of the loss, at the points where some were seen and the loss is positive."""
+    samples, losses = size * updates_done(curve[0]), np.asarray(curve[1], np.float64)
+    seen = (samples > 0) & (losses > 0)
+    return np.log(samples[seen]), np.log(losses[seen])

@@ -1,0 +1,134 @@
+"""Loss curves: over samples or learning rate times steps at equal temperature, and over steps for each setting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lambda_hat.batch_size.fits import collapse
+from lambda_hat.batch_size.plots.common import (
+    MAX_LINES,
+    MAX_PANELS,
+    WINDOW,
+    columns_of,
+    evenly,
+    finish,
+    fullest,
+    groups,
+    loss_axis,
+    loss_label,
+    number,
+    panels,
+    sequential,
+    shown,
+    temperature,
+)
+from lambda_hat.batch_size.smoothing import smooth, updates_done
+from lambda_hat.batch_size.study import Study
+from lambda_hat.plots.style import BAND, EXACT
+
+
+def plot_losscurve_temp_samples(study: Study) -> Figure | None:
+    """Loss against samples seen, a panel for each temperature eta/B and a line for each batch size: one line where the
+    temperature alone matters. None where no temperature has two batch sizes."""
+    return _by_temperature(study, "samples seen", "batch_size", reference=False)
+
+
+def plot_losscurve_temp_eff_steps(study: Study) -> Figure | None:
+    """Loss against eta × step, the time of gradient flow, a panel for each temperature and a line for each batch size; dashed
+    in every panel the lowest temperature. None where no temperature has two batch sizes."""
+    return _by_temperature(study, "gradient-flow time η × step", "eta", reference=True)
+
+
+def plot_losscurve_grid(study: Study) -> Figure | None:
+    """Loss against steps, a panel for each setting and a line for each learning rate; None without a curve."""
+    found = groups(study.table, "eta", least=1)
+    chosen = shown(found)
+    fig, axes = panels("training loss", study.table, len(chosen), len(found), columns_of(chosen), sharey=True)
+    lines = {eta: study.table["eta"] == eta for eta in evenly(sorted(set(study.table["eta"])), MAX_LINES)}
+    for ax, group in zip(axes, chosen, strict=True):
+        for (eta, of), color in zip(lines.items(), sequential(len(lines)), strict=True):
+            _draw(ax, study, group.table[of.loc[group.table.index]], 1.0, color=color, label=f"η={number(eta)}")
+        ax.set_title(group.label, fontsize=9)
+    return _finish(fig, axes, "step", loss_label(study.table))
+
+
+def _by_temperature(study: Study, xlabel: str, clock: str, reference: bool) -> Figure | None:
+    found = groups(study.table, "batch_size", "eta")
+    if not found:
+        return None
+    group = fullest(found)
+    table = group.table
+    temperatures = temperature(table)
+    sizes = table["batch_size"].where(table["final_loss"].notna()).groupby(temperatures).nunique()
+    several = sorted(sizes.index[sizes > 1])
+    if not several:
+        return None
+    chosen = evenly(several, MAX_PANELS)
+    title = " · ".join(["training loss at equal η/B", *([group.label] if group.label else [])])
+    fig, axes = panels(title, study.table, len(chosen), len(several), sharex=True, sharey=True)
+    shown_sizes = evenly(sorted(set(table["batch_size"][temperatures.isin(chosen)])), MAX_LINES)
+    coldest = table[temperatures == temperatures.min()]
+    coldest = coldest[coldest["batch_size"] == coldest["batch_size"].max()]
+    for size, color in zip(shown_sizes, sequential(len(shown_sizes)), strict=True):
+        axes[0].plot([], [], color=color, label=f"B={size}")  # the legend's order
+    for ax, value in zip(axes, chosen, strict=True):
+        if reference:
+            name = f"lowest η/B: {number(coldest['temperature'].iloc[0])}"
+            _draw(ax, study, coldest, coldest[clock].iloc[0], color=EXACT, linestyle="--", label=name)
+        for size, color in zip(shown_sizes, sequential(len(shown_sizes)), strict=True):
+            rows = table[(temperatures == value) & (table["batch_size"] == size)]
+            if len(rows):
+                _draw(ax, study, rows, rows[clock].iloc[0], color=color)
+        ax.set_title(f"η/B={number(value)}{_parting(study, table[temperatures == value])}", fontsize=9)
+    return _finish(fig, axes, xlabel, loss_label(table))
+
+
+def _parting(study: Study, trials: pd.DataFrame) -> str:
+    """From which batch size on the curves at one temperature differ over samples seen."""
+    curves = [
+        (float(size), (steps, smooth(steps, losses, relative=WINDOW)))
+        for size, name in zip(trials["batch_size"], trials["trial_id"], strict=True) if name in study.curves
+        for steps, losses in [study.curves[name]]
+    ]  # fmt: skip
+    found = collapse(curves)
+    return "" if found is None or found.breaks_at is None else f", one curve up to B≈{found.breaks_at:.2g}"
+
+
+def _draw(ax: Axes, study: Study, trials: pd.DataFrame, per_step: float, **style: Any) -> None:
+    """The median over seeds and their range; a cross where it ends because trials diverged."""
+    curves = [study.curves[name] for name in trials["trial_id"] if name in study.curves]
+    if not curves:
+        return
+    steps = curves[0][0]
+    losses = np.array([of for at, of in curves if np.array_equal(at, steps)], np.float64)
+    losses = np.where(np.isfinite(losses) & (losses > 0), losses, np.inf)
+    middle = np.median(losses, axis=0)
+    updates = updates_done(steps)
+    good = np.isfinite(middle) & (updates > 0)
+    if not good.any():
+        return
+    x = updates[good] * per_step
+    ax.plot(x, middle[good], linewidth=1.4, **style)
+    if len(losses) > 1:
+        high = np.where(np.isfinite(losses), losses, 0).max(axis=0)
+        ax.fill_between(x, losses.min(axis=0)[good], high[good], **BAND, color=style["color"])
+    if not good[-1]:
+        ax.plot(x[-1], middle[good][-1], "x", color=style["color"], markersize=7, markeredgewidth=2)
+
+
+def _finish(fig: Figure, axes: Sequence[Axes], xlabel: str, ylabel: str) -> Figure | None:
+    """Axes, limits that diverging trials do not squash, and one legend; None where there is no line."""
+    values = [np.asarray(line.get_ydata(), np.float64) for ax in axes for line in ax.lines]
+    if not sum(map(len, values)):
+        return None
+    for ax in axes:
+        ax.set(xscale="log")
+    loss_axis(axes, np.concatenate(values))
+    finish(fig, axes, xlabel, ylabel)
+    return fig

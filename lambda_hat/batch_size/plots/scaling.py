@@ -1,0 +1,223 @@
+"""How things scale: the best learning rate and the layers' changes with the width, the steps needed with the batch size."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from lambda_hat.batch_size.fits import (
+    CriticalBatchSize,
+    Curve,
+    critical_batch_size,
+    power_slope,
+    steps_to_target,
+    width_transfer,
+)
+from lambda_hat.batch_size.plots.common import (
+    LABELS,
+    MAX_LINES,
+    WINDOW,
+    columns_of,
+    evenly,
+    finish,
+    groups,
+    log_axis,
+    loss_axis,
+    loss_label,
+    number,
+    optima,
+    over_seeds,
+    panels,
+    sequential,
+    shown,
+    slope_text,
+)
+from lambda_hat.batch_size.smoothing import smooth
+from lambda_hat.batch_size.study import Study
+from lambda_hat.plots.style import BAND, COLORS, EXACT, MARKERS, color
+
+#: The share of batch sizes that reach the target loss, and the fewest that say anything.
+REACHING, MIN_SIZES = 0.75, 3
+
+
+class Trade(NamedTuple):
+    """Steps for samples in one setting.
+
+    table: of each batch size and seed the trial that needs the fewest `steps`, and whether its learning rate is `at_end` of
+    those tried. noise_scale: the gradient noise scale at the end of these trials, their median.
+    """
+
+    label: str
+    table: pd.DataFrame
+    fit: CriticalBatchSize | None
+    noise_scale: float | None
+
+
+def plot_width_transfer(study: Study) -> Figure | None:
+    """Final loss against learning rate, a line for each width with its best rate, and a panel for each other setting: the best
+    rates are one where the rate transfers. None for fewer than two widths or learning rates."""
+    found = groups(study.table, "width", "eta")
+    if not found:
+        return None
+    chosen = shown(found)
+    fig, axes = panels(
+        "learning-rate transfer across widths", study.table, len(chosen), len(found), columns_of(chosen), sharey=True
+    )
+    widths = evenly(sorted(set(study.table["width"])), MAX_LINES)
+    drawn = []
+    for ax, group in zip(axes, chosen, strict=True):
+        cells = over_seeds(group.table, "width", "eta")
+        best = optima(group.table, "width")
+        log_axis(ax, "x", cells["eta"])
+        for width, shade in zip(widths, sequential(len(widths)), strict=True):
+            line = cells[(cells["width"] == width) & np.isfinite(cells["median"])]
+            drawn.append(line["median"])
+            ax.plot(line["eta"], line["median"], ".-", color=shade, linewidth=1.4, label=f"N={width}")
+            high = line["high"].where(np.isfinite(line["high"]), line["median"])
+            ax.fill_between(line["eta"], line["low"], high, **BAND, color=shade)
+            if width in best:
+                face = "white" if best[width].flag == "edge" else shade
+                ax.plot(2.0 ** best[width].log2_eta, best[width].loss, "*", color=shade, markerfacecolor=face, markersize=12)
+        slope = width_transfer(group.table).slope
+        power = [] if slope is None else [f"exponent of best η over N: {slope_text(slope)}"]
+        ax.set_title("\n".join([*([group.label] if group.label else []), *power]), fontsize=9)
+    loss_axis(axes, np.concatenate(drawn))
+    star = Line2D(
+        [], [], marker="*", linestyle="none", color=EXACT, markersize=10, label="best η (hollow: at an end of the η tried)"
+    )
+    finish(fig, axes, LABELS["eta"], f"final {loss_label(study.table)}", [star])
+    return fig
+
+
+def plot_coordinate_check(study: Study) -> Figure | None:
+    """The root mean square change of each layer's output in training against the width, at the learning rate that is best for
+    all widths together, of those at which none diverged; slopes near 0 are what muP is made for. None for fewer than two
+    widths."""
+    layers = [str(name) for name in study.table if str(name).startswith("activation_change_")]
+    several = [group for group in groups(study.table, "width", "eta", least=1) if group.table["width"].nunique() > 1]
+    rates = [_common_rate(group.table) for group in several]
+    found = [group._replace(table=group.table[group.table["eta"] == rate])
+             for group, rate in zip(several, rates, strict=True) if rate is not None]  # fmt: skip
+    if not found or not any((group.table[layers] > 0).any(axis=None) for group in found):
+        return None
+    chosen = shown(found)
+    fig, axes = panels(
+        "change of each layer's output in training", study.table, len(chosen), len(found), columns_of(chosen), sharey=True
+    )
+    drawn: list[float] = []
+    for ax, group in zip(axes, chosen, strict=True):
+        log_axis(ax, "x", group.table["width"])
+        for index, name in enumerate(layers):
+            rows = group.table[(group.table[name] > 0) & group.table["final_loss"].notna()]
+            if rows.empty:
+                continue
+            cells = over_seeds(rows, "width", of=name)
+            drawn += [cells["low"].min(), cells["high"].max()]
+            errors = [cells["median"] - cells["low"], cells["high"] - cells["median"]]
+            slope = power_slope(rows["width"].to_numpy(), rows[name].to_numpy())
+            text = f"layer {index + 1}" + ("" if slope is None else f": slope {slope_text(slope)}")
+            marker = MARKERS[index % len(MARKERS)]
+            ax.errorbar(cells["width"], cells["median"], errors, color=color(index), marker=marker, capsize=2, label=text)
+        ax.set_title(
+            " · ".join([*([group.label] if group.label else []), f"η={number(group.table['eta'].iloc[0])}"]), fontsize=9
+        )
+        ax.legend(fontsize=7, framealpha=0.8)
+    # A decade at least, on which what does not change looks so.
+    low, high = min(drawn), max(drawn)
+    reach = max(math.sqrt(10), math.sqrt(high / low)) * 1.2
+    axes[0].set(yscale="log", ylim=(math.sqrt(low * high) / reach, math.sqrt(low * high) * reach))
+    finish(fig, axes, LABELS["width"], "RMS change of activations", named=False)
+    return fig
+
+
+def plot_steps_to_target(study: Study) -> Figure | None:
+    """Steps and samples to a target loss, each batch size at the learning rate that needs fewest, with the fitted trade of one
+    for the other, the critical batch size and, where it was measured, the gradient noise scale. None where no three batch
+    sizes of one setting reach a loss.
+
+    The target is the lowest loss that three quarters of the batch sizes reach; of several settings, that of the worst.
+    """
+    target, needed = trades(study)
+    if not needed:
+        return None
+    chosen = evenly(needed, len(COLORS))
+    fig, axes = panels(f"training to a loss of {target:.3g}", study.table, 2, 2, height=3.6 + 0.12 * len(chosen))
+    for index, trade in enumerate(chosen):
+        _trade(axes, trade, color(index))
+    for ax in axes:
+        log_axis(ax, "x", pd.concat([trade.table["batch_size"] for trade in chosen]))
+        ax.set(yscale="log", xlabel=LABELS["batch_size"])
+    hollow = Line2D(
+        [], [], marker="o", linestyle="none", color=EXACT, markerfacecolor="white", label="at an end of the η tried"
+    )
+    finish(fig, axes, LABELS["batch_size"], "steps to the target", [hollow], ncols=1)
+    axes[1].set_ylabel("samples to the target")
+    return fig
+
+
+def trades(study: Study) -> tuple[float, list[Trade]]:
+    """The target loss of `plot_steps_to_target`, and what it takes in each setting in which three batch sizes reach it."""
+    curves = {name: (steps, smooth(steps, losses, relative=WINDOW)) for name, (steps, losses) in study.curves.items()}
+    ends = study.table.assign(end=[curves[name][1][-1] if name in curves else math.nan for name in study.table["trial_id"]])
+    found = groups(ends, "batch_size", "eta", least=1)
+    best = [group.table.groupby(["batch_size", "seed"])["end"].min().groupby("batch_size").median().dropna() for group in found]
+    target = max((float(of.quantile(REACHING, "higher")) for of in best if len(of) >= MIN_SIZES), default=math.nan)
+    needed = []
+    for group in found:
+        table = _fewest(group.table, curves, target)
+        if table["batch_size"].nunique() >= MIN_SIZES:
+            fit = critical_batch_size(table["batch_size"].to_numpy(), table["steps"].to_numpy())
+            noise = table["gradient_noise_scale"] if "gradient_noise_scale" in table else pd.Series(dtype=float)
+            noise = noise[np.isfinite(noise) & (noise > 0)]
+            needed.append(Trade(group.label, table, fit, float(noise.median()) if len(noise) else None))
+    return target, needed
+
+
+def _fewest(table: pd.DataFrame, curves: dict[str, Curve], target: float) -> pd.DataFrame:
+    """Of each batch size and seed the trial that needs the fewest `steps`, and whether its learning rate is `at_end` of those
+    tried."""
+    steps = [steps_to_target(curves[name], target) if name in curves else None for name in table["trial_id"]]
+    rates = table.groupby("batch_size")["eta"]
+    at_end = (table["eta"] == rates.transform("min")) | (table["eta"] == rates.transform("max"))
+    timed = table.assign(steps=np.array(steps, np.float64), at_end=at_end)
+    timed = timed[(timed["steps"] > 0) & timed["final_loss"].notna()]
+    return timed.loc[timed.groupby(["batch_size", "seed"])["steps"].idxmin()]
+
+
+def _trade(axes: list[Axes], trade: Trade, shade: str) -> None:
+    """Steps and samples over the batch size, and the fit."""
+    table, fit = trade.table, trade.fit
+    cells = over_seeds(table, "batch_size", of="steps")
+    sizes = cells["batch_size"].to_numpy(np.float64)
+    at_end = table.groupby("batch_size")["at_end"].any().to_numpy()
+    texts = [trade.label] if trade.label else []
+    if fit is not None:
+        interval = "[{:.3g}, {:.3g}]".format(*fit.batch_size_interval)
+        texts.append(f"B_crit {fit.batch_size:.3g} {interval}" if fit.in_range else "B_crit beyond the batch sizes tried")
+    if trade.noise_scale is not None:
+        texts.append(f"gradient noise scale {trade.noise_scale:.3g} (dotted)")
+    for ax, unit in zip(axes, (np.ones_like(sizes), sizes), strict=True):
+        steps, low, high = (cells[name].to_numpy() * unit for name in ("median", "low", "high"))
+        ax.errorbar(sizes, steps, [steps - low, high - steps], fmt="o", color=shade, capsize=2, markersize=5)
+        ax.plot(sizes[at_end], steps[at_end], "o", color=shade, markerfacecolor="white", markersize=5)
+        ax.plot([], [], "o-", color=shade, label=", ".join(texts) or "steps")
+        if fit is not None:
+            x = np.geomspace(sizes[0], sizes[-1], 100)
+            ax.plot(x, fit.min_steps * (1 + fit.batch_size / x) * (x if unit is sizes else 1.0), color=shade, linewidth=1.4)
+            if fit.in_range:
+                ax.axvline(fit.batch_size, color=shade, linestyle="--", linewidth=1.2)
+        if trade.noise_scale is not None:
+            ax.axvline(trade.noise_scale, color=shade, linestyle=":", linewidth=1.6)
+
+
+def _common_rate(table: pd.DataFrame) -> float | None:
+    """The learning rate of the lowest loss, on geometric average over the widths, of those at which no width diverged."""
+    losses = over_seeds(table, "width", "eta").pivot(index="eta", columns="width", values="median")
+    survived = losses[np.isfinite(losses).all(axis=1)]
+    return None if survived.empty else float(np.log(survived.clip(lower=np.finfo(float).tiny)).mean(axis=1).idxmin())

@@ -1,0 +1,142 @@
+"""The report of a study: one HTML file that needs nothing else, no script either."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from lambda_hat.batch_size.fits import EXCESS, LAZY, RICH, Slope, richness_slopes, width_transfer
+from lambda_hat.batch_size.plots import PLOTS
+from lambda_hat.batch_size.plots.common import Group, evenly, groups, number
+from lambda_hat.batch_size.plots.scaling import trades
+from lambda_hat.batch_size.study import Study, comparable, distinct, settings, swept
+from lambda_hat.html import VERSIONS, page
+
+#: Rows of the tables: the best settings, fits, and single trials; the others are in the study's own table.
+MAX_BEST, MAX_FITS, MAX_TRIALS = 10, 60, 500
+#: Values of a swept setting that are written out.
+MAX_VALUES = 12
+#: What a trial ended with, in the order of the tables.
+RESULTS = (
+    "final_loss", "test_loss", "train_accuracy", "test_accuracy", "llc", "sharpness", "hessian_trace", "gradient_noise_scale",
+)  # fmt: skip
+
+
+class Fit(NamedTuple):
+    """A number fitted to the trials of one setting, with its 95 % interval, what is expected, and what it is of."""
+
+    quantity: str
+    setting: str
+    value: float
+    interval: tuple[float, float] | None
+    expected: str
+    note: str
+
+
+def study_report(study_id: str, name: str, study: Study, plots: Mapping[str, bytes], made_at: str = "") -> str:
+    """The report of a study's trials.
+
+    Args:
+      plots: name -> PNG, see `lambda_hat.batch_size.plots`. made_at: when its last trial was trained.
+    """
+    table = study.table
+    varied = swept(table)
+    constant = {key: values[0] for key in settings(table) if len(values := distinct(table[key])) == 1}
+    columns = [*varied, *(result for result in RESULTS if result in table and table[result].notna().any())]
+    order = table.sort_values("final_loss", kind="stable").head(MAX_TRIALS)
+    fits = list(_fits(study))
+    return page(
+        "study.html",
+        study_id=study_id,
+        name=name,
+        made_at=made_at,
+        versions=VERSIONS,
+        counts={
+            "trials": len(table),
+            "diverged": int(table["final_loss"].isna().sum()),
+            "seconds of training": float(table["seconds"].sum()),
+        },
+        constant={key: value for key, value in constant.items() if value not in (None, "", "()")},
+        axes=[(key, len(values), _listed(values)) for key in varied for values in [distinct(table[key])]],
+        best=_best(table, varied),
+        fits=fits[:MAX_FITS],
+        num_fits=len(fits),
+        plots={key: (png, _caption(key)) for key, png in plots.items()},
+        columns=["trial_id", *columns, "diverged_at_step"],
+        trials=order[["trial_id", *columns, "diverged_at_step"]].to_numpy(object).tolist(),
+        num_trials=len(table),
+        cell=_cell,
+    )
+
+
+def _best(table: pd.DataFrame, varied: list[str]) -> tuple[list[str], list[list[Any]]]:
+    """Heading and rows of the settings of the lowest final loss; medians over the seeds, diverged trials being infinite."""
+    names = [name for name in varied if name != "seed"]
+    results = [name for name in RESULTS if name in table and table[name].notna().any()]
+    ranked = table.assign(final_loss=table["final_loss"].fillna(np.inf))
+    by = ranked.groupby([comparable(ranked[name]) for name in names] or np.zeros(len(ranked)), dropna=False)
+    medians = by[results].median().assign(lowest=by["final_loss"].min(), highest=by["final_loss"].max(), seeds=by.size())
+    medians = medians[np.isfinite(medians["final_loss"])].sort_values("final_loss", kind="stable").head(MAX_BEST)
+    columns = [*results[:1], "lowest", "highest", "seeds", *results[1:]]
+    keys = [list(key) if names else [] for key in medians.index]
+    return [*names, *columns], [[*key, *row] for key, row in zip(keys, medians[columns].to_numpy(object).tolist(), strict=True)]
+
+
+def _fits(study: Study) -> Iterator[Fit]:
+    """Exponents of the best learning rate over richness and width, and critical batch sizes."""
+    for group in groups(study.table, "richness", "eta"):
+        if set(group.table["rate_rule"]) == {"raw"}:
+            found = richness_slopes(group.table)
+            sides = ((f"lazy, γ ≤ {LAZY}", found.lazy), (f"rich, γ ≥ {RICH:g}", found.rich))
+            for (side, slope), expected in zip(sides, found.theory, strict=True):
+                yield from _slope(f"exponent of the best η over γ, {side}", group, slope, f"{expected:.3g}")
+    for group in groups(study.table, "width", "eta"):
+        # Meant by muP with the learning rates of this package; see TrialSpec.
+        transfers = set(group.table["parameterization"]) == {"mup"} and "original" not in set(group.table["rate_rule"])
+        yield from _slope("exponent of the best η over N", group, width_transfer(group.table).slope, "0" if transfers else "–")
+    target, needed = trades(study)
+    for trade in needed:
+        fit = trade.fit
+        if fit is None:
+            continue
+        noise = "–" if trade.noise_scale is None else f"gradient noise scale {trade.noise_scale:.3g}"
+        note = f"to a loss of {target:.3g}"
+        beyond = "" if fit.in_range else "; beyond the batch sizes tried"
+        yield Fit("critical batch size", trade.label, fit.batch_size, fit.batch_size_interval, noise, note + beyond)
+        yield Fit("fewest steps", trade.label, fit.min_steps, fit.min_steps_interval, "–", f"{note}, B → ∞")
+        yield Fit("fewest samples", trade.label, fit.min_samples, fit.min_samples_interval, "–", f"{note}, B → 0")
+        if fit.linear_limit is not None:
+            excess = f"{note}, {EXCESS:.0%} more samples than at the smallest B"
+            yield Fit("end of linear scaling", trade.label, fit.linear_limit, None, "–", excess)
+
+
+def _slope(quantity: str, group: Group, slope: Slope | None, expected: str) -> Iterator[Fit]:
+    if slope is not None:
+        interval = None if math.isnan(slope.low) else (slope.low, slope.high)
+        left_out = f", without {_listed(slope.left_out)}" if slope.left_out else ""
+        yield Fit(quantity, group.label, slope.slope, interval, expected, f"of {slope.num_x} values{left_out}")
+
+
+def _listed(values: Sequence[Any]) -> str:
+    """Values, of many some evenly spaced."""
+    some = evenly(values, MAX_VALUES)
+    return ", ".join(map(number, some)) + (f" ({len(some)} of them)" if len(some) < len(values) else "")
+
+
+def _caption(name: str) -> str:
+    """The first sentence of what a plot says of itself."""
+    text = inspect.getdoc(PLOTS[name]) if name in PLOTS else None
+    return "" if text is None else " ".join(text.split()).partition(". ")[0]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "[{}, {}]".format(*map(_cell, value))
+    if value is None or value != value:
+        return "–"
+    return f"{value:.5g}" if isinstance(value, float) else str(value)

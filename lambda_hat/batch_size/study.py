@@ -1,0 +1,102 @@
+"""A study: many trials as one table, and their loss curves."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from lambda_hat.overrides import Value, parse
+from lambda_hat.settings import nearest
+from lambda_hat.spec import InvalidInput
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_COMPARE = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
+_CONDITION = re.compile(r"\s*([^<>=]+?)\s*(<=|>=|<|>|=)(.*)", re.DOTALL)
+
+
+class Study(NamedTuple):
+    """The trials of a study.
+
+    table: one row a trial: `trial_id`, its settings, `temperature` eta/batch_size, `samples` seen, and what was measured, NaN
+    where it was not or where the trial diverged. curves: trial_id -> (steps, losses), the mean loss of the minibatches of all
+    steps since the point before.
+    """
+
+    table: pd.DataFrame
+    curves: dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def where(study: Study, texts: Sequence[str]) -> Study:
+    """The trials of which all conditions hold: COLUMN=VALUE[,VALUE...] as in overrides, or COLUMN<VALUE, <=, > or >=.
+
+    Numbers are equal to nine digits; `none` is a missing value.
+
+    Raises:
+      InvalidInput: a condition is not of this form or names no column, or a number is compared with text.
+    """
+    table = study.table
+    for text in texts:
+        found = _CONDITION.fullmatch(text)
+        if found is None or not found[3].strip():
+            raise InvalidInput(
+                f"A condition is COLUMN=VALUE or COLUMN<VALUE, of a column of the study; got {text!r}. "
+                "Write for example batch_size=16,64 or eta>=0.01."
+            )
+        name, sign = found[1], found[2]
+        if name not in table:
+            raise InvalidInput(
+                f"A condition is of a column of the study; got {text!r}. {nearest(name, [str(column) for column in table])}"
+            )
+        values = parse(f"{name}={found[3]}").values
+        if sign == "=":
+            keep = np.any([_same(table[name], value) for value in values], axis=0)
+        else:
+            (bound, *others) = values
+            if others or not isinstance(bound, int | float) or table[name].dtype.kind not in "iuf":
+                raise InvalidInput(
+                    f"{sign} compares a column of numbers with one number; got {text!r}. Use = for anything else."
+                )
+            keep = _COMPARE[sign](table[name].to_numpy(np.float64), bound)
+        table = table[keep]
+    return Study(table.reset_index(drop=True), {name: study.curves[name] for name in table["trial_id"] if name in study.curves})
+
+
+def _same(column: pd.Series, value: Value) -> np.ndarray:
+    """Which cells of the column are the value."""
+    if value is None:
+        return column.isna().to_numpy()
+    if isinstance(value, int | float) and column.dtype.kind in "iuf":
+        return np.isclose(column.to_numpy(np.float64), value, rtol=1e-9, atol=0.0)
+    return (column.map(str).str.lower() == str(value).lower()).to_numpy()
+
+
+def settings(table: pd.DataFrame) -> list[str]:
+    """The columns that were set: those between `trial_id` and `temperature`."""
+    names = [str(name) for name in table]
+    return names[names.index("trial_id") + 1 : names.index("temperature")]
+
+
+def swept(table: pd.DataFrame) -> list[str]:
+    """The settings with more than one value; without the number of steps where the batch size determines it."""
+    names = [name for name in settings(table) if len(distinct(table[name])) > 1]
+    if "batch_size" not in names:
+        return names
+    budget = [name for name in names if name in ("num_steps", "num_epochs")]
+    follows = [name for name in budget if all(len(distinct(of)) == 1 for _, of in table.groupby("batch_size")[name])]
+    return [name for name in names if name not in follows]
+
+
+def distinct(column: pd.Series) -> list[Any]:
+    """The values of a column in order, missing ones last; those that are not numbers as text."""
+    return [*sorted(set(comparable(column).dropna().tolist())), *([None] if column.isna().any() else [])]
+
+
+def comparable(column: pd.Series) -> pd.Series:
+    """The column if it is of numbers, else its text."""
+    return column if column.dtype.kind in "iuf" else column.map(str, na_action="ignore")

@@ -1,0 +1,482 @@
+"""Plots and report of a study: of losses in closed form each shows the numbers it should, and none fails on any shape."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.collections import PatchCollection, QuadMesh
+from test_html import PNG, Page
+
+from lambda_hat.batch_size.plots import PLOTS, draw_plots
+from lambda_hat.batch_size.plots.scaling import trades
+from lambda_hat.batch_size.report import MAX_TRIALS, study_report
+from lambda_hat.batch_size.smoothing import updates_done
+from lambda_hat.batch_size.study import Study, settings, swept, where
+from lambda_hat.spec import InvalidInput
+
+#: The model: trials of rate R / (1 + BC/B) at the best learning rate have the loss exp(-rate updates).
+NUM_STEPS, RATE, BC = 1024, 0.01, 64.0
+#: How fast the rate falls with octaves from the best learning rate, and how far above it trials diverge.
+FALL, REACH = 0.04, 3.5
+
+
+def best_eta(batch_size, richness=1.0, width=64, depth=2, parameterization="mup", rate_rule="raw"):
+    """eta*, linear in B for B << BC, with the theory's powers of the richness, and shifting with the width in SP."""
+    power = 0.0 if rate_rule == "standard" else 2.0 if richness <= 1 else 2.0 / depth
+    return 2.0**-2 / (1 + BC / batch_size) * richness**power * (64 / width if parameterization == "sp" else 1.0)
+
+
+def trial(eta, batch_size, richness=1.0, width=64, seed=0, parameterization="mup", optimizer="sgd", depth=2, rate_rule="raw"):
+    best = best_eta(batch_size, richness, width, depth, parameterization, rate_rule)
+    octaves = np.log2(eta / best)
+    rate = RATE / (1 + BC / batch_size) * max(1 - FALL * octaves**2, 0.0) * (1 + 0.02 * (seed - 1))
+    diverged = octaves > REACH
+    steps = np.unique(np.geomspace(1, NUM_STEPS, 40).round().astype(int))
+    losses = np.where(diverged & (steps > 20), np.nan, np.exp(-rate * updates_done(steps)))
+    name = f"tgt_{optimizer}_{parameterization}_{width}_{richness:g}_{batch_size}_{eta:g}_{seed}"
+    row = {
+        "trial_id": name, "family": "trial", "task.kind": "images", "task.dataset": "digits", "task.n_data": 1437, "loss": "mse",
+        "parameterization": parameterization, "depth": depth, "width": width, "richness": richness, "optimizer": optimizer,
+        "eta": eta, "rate_rule": rate_rule, "batch_size": batch_size, "num_steps": NUM_STEPS, "num_epochs": None, "seed": seed,
+        "precision": "float32", "checkpoint_steps": (), "temperature": eta / batch_size, "samples": NUM_STEPS * batch_size,
+        "final_loss": losses[-1], "test_loss": 1.2 * losses[-1], "train_accuracy": 1 - losses[-1], "test_accuracy": 0.9,
+        "diverged_at_step": 21.0 if diverged else np.nan,
+        **{f"activation_change_{layer}": layer * (1.0 if parameterization == "mup" else (width / 64) ** -0.5) * np.exp(0.01 * seed)
+           for layer in range(1, depth + 1)},
+        "seconds": 0.5,
+    }  # fmt: skip
+    return row, (steps, losses)
+
+
+def study_of(**axes):
+    """A study of the whole grid of these values."""
+    trials = [trial(**dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
+    return Study(pd.DataFrame([row for row, _ in trials]), {row["trial_id"]: curve for row, curve in trials})
+
+
+def measured(study):
+    """With an llc that rises with eta, a sharpness at 2/eta but at most 100, and a gradient noise scale around BC."""
+    table = study.table
+    finite = table["final_loss"].notna()
+    added = {
+        "llc": 10 + np.log2(table["eta"]),
+        "llc_mcse": 0.1 + 0 * table["eta"],
+        "sharpness": np.minimum(100.0, 2 / table["eta"]),
+        "gradient_noise_scale": BC * 1.1 + 0 * table["eta"],
+    }
+    return study._replace(table=table.assign(**{name: values.where(finite) for name, values in added.items()}))
+
+
+GRID = {"batch_size": [4, 16, 64, 256], "eta": [2.0**k for k in range(-9, 3)], "seed": [0, 1, 2]}
+
+
+def scattered():
+    """Random values of everything: nothing is on a grid."""
+    rng = np.random.default_rng(0)
+    trials = [
+        trial(eta, batch_size, richness, width, seed)
+        for seed, (eta, batch_size, richness, width) in enumerate(
+            zip(
+                2 ** rng.uniform(-8, 2, 40),
+                rng.integers(1, 300, 40),
+                10 ** rng.uniform(-2, 2, 40),
+                rng.integers(8, 300, 40),
+                strict=True,
+            )
+        )
+    ]
+    return Study(pd.DataFrame([row for row, _ in trials]), {row["trial_id"]: curve for row, curve in trials})
+
+
+def without_curves():
+    return measured(study_of(**GRID))._replace(curves={})
+
+
+def holes():
+    """Every third trial is missing, and some steps' losses are infinite or zero."""
+    study = measured(study_of(**GRID, width=[32, 64]))
+    for _, losses in list(study.curves.values())[::5]:
+        losses[3], losses[5] = np.inf, 0.0
+    table = study.table.assign(final_loss=study.table["final_loss"].mask(np.arange(len(study.table)) % 7 == 0, 0.0))
+    return Study(table[np.arange(len(table)) % 3 > 0], study.curves)
+
+
+B_ETA = {
+    "heatmap_batch",
+    "heatmap_temp",
+    "losscurve_temp_samples",
+    "losscurve_temp_eff_steps",
+    "losscurve_grid",
+    "steps_to_target",
+}
+MEASURED = {"sharpness", "llc"}
+#: A study, and the plots that apply to it.
+SHAPES = {
+    "grid": (lambda: measured(study_of(**GRID)), B_ETA | MEASURED),
+    "nothing measured": (lambda: study_of(**GRID), B_ETA),
+    "no trial": (lambda: where(study_of(**GRID), ["eta>100"]), set()),
+    "one trial": (lambda: measured(study_of(batch_size=[16], eta=[0.1])), {"losscurve_grid"}),
+    "all diverged": (lambda: measured(study_of(batch_size=[4, 16, 64], eta=[64.0, 128.0, 256.0])),
+                     {"heatmap_batch", "heatmap_temp", "losscurve_grid"}),
+    "diverged at once": (lambda: without_losses(study_of(batch_size=[4, 16, 64], eta=[64.0, 128.0])),
+                         {"heatmap_batch", "heatmap_temp"}),
+    "one learning rate": (lambda: measured(study_of(batch_size=[4, 16, 64], eta=[0.01])), {"losscurve_grid", "steps_to_target"}),
+    "one seed": (lambda: measured(study_of(**GRID | {"seed": [5]})), B_ETA | MEASURED),
+    "without curves": (without_curves, {"heatmap_batch", "heatmap_temp"} | MEASURED),
+    "holes": (holes, set(PLOTS) - {"heatmap_gamma"}),
+    "no grid": (scattered, {"losscurve_grid"}),
+    "richness": (lambda: study_of(richness=[1e-5, 0.01, 1.0, 100.0, 1e5], eta=GRID["eta"], batch_size=[64]),
+                 {"heatmap_gamma", "losscurve_grid"}),
+    "widths": (lambda: study_of(width=[32, 64], eta=GRID["eta"], batch_size=[64]),
+               {"width_transfer", "coordinate_check", "losscurve_grid"}),
+}  # fmt: skip
+
+
+def without_losses(study):
+    return study._replace(curves={name: (steps, np.full(len(steps), np.nan)) for name, (steps, _) in study.curves.items()})
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_plot_draws_every_shape_or_does_not_apply(shape):
+    make, applying = SHAPES[shape]
+    drawn = draw_plots(make())
+    assert set(drawn) == applying
+    for png in drawn.values():
+        assert png.startswith(b"\x89PNG\r\n\x1a\n")
+        assert len(png) < 400_000
+
+
+def texts(fig):
+    """Of the figure's title, its panels' titles, and its legends."""
+    legends = [*fig.legends, *(ax.get_legend() for ax in fig.axes if ax.get_legend())]
+    return [fig.get_suptitle(), *(ax.get_title() for ax in fig.axes), *(t.get_text() for of in legends for t in of.get_texts())]
+
+
+def maps(fig):
+    """The panels with a map and its cells, as arrays with NaN where there is none."""
+    found = [
+        (ax, mesh)
+        for ax in fig.axes
+        for mesh in ax.collections
+        if isinstance(mesh, QuadMesh) and ax.get_label() != "<colorbar>"
+    ]
+    return [(ax, np.ma.filled(mesh.get_array().astype(float), np.nan)) for ax, mesh in found]
+
+
+def marks(ax, marker):
+    return np.array([line.get_xydata()[0] for line in ax.lines if line.get_marker() == marker])
+
+
+def test_heatmap_batch_shows_medians_and_optima_and_hatches_what_diverged():
+    study = study_of(**GRID, width=[32, 64])
+    fig = PLOTS["heatmap_batch"](study)
+    assert fig.get_suptitle().startswith("final loss over batch size and learning rate · median of 3 seeds")
+    found = maps(fig)
+    assert [ax.get_title() for ax, _ in found] == ["width=32", "width=64"]
+    for ax, cells in found:
+        expected = [[trial(eta, size)[0]["final_loss"] for size in GRID["batch_size"]] for eta in GRID["eta"]]
+        np.testing.assert_allclose(cells, np.log10(expected))
+        (lost,) = (patches for patches in ax.collections if isinstance(patches, PatchCollection))
+        assert len(lost.get_paths()) == np.isnan(expected).sum() > 0
+        assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+        # The model is a parabola, so the optima between the cells are found exactly.
+        np.testing.assert_allclose(marks(ax, "o"), [(size, best_eta(size)) for size in GRID["batch_size"]])
+        assert ax.get_xlabel() == "batch size B (samples)"
+
+
+def test_optima_at_an_end_are_marked_apart():
+    (ax, _), *_ = maps(PLOTS["heatmap_batch"](study_of(batch_size=[16, 4096], eta=[2.0**k for k in range(-7, -2)])))
+    np.testing.assert_allclose(marks(ax, "o"), [(16, best_eta(16))])
+    np.testing.assert_allclose(marks(ax, "X"), [(4096, 2.0**-3)])
+
+
+def test_heatmap_temp_is_over_eta_by_batch_size():
+    ((ax, cells),) = maps(PLOTS["heatmap_temp"](study_of(**GRID)))
+    temperatures = sorted({eta / size for eta in GRID["eta"] for size in GRID["batch_size"]})
+    assert cells.shape == (len(GRID["eta"]), len(temperatures))
+    row, column = GRID["eta"].index(0.25), temperatures.index(0.25 / 64)
+    np.testing.assert_allclose(cells[row, column], np.log10(trial(0.25, 64)[0]["final_loss"]))
+    np.testing.assert_allclose(marks(ax, "o"), [(best_eta(size) / size, best_eta(size)) for size in GRID["batch_size"]])
+
+
+def test_temperatures_that_differ_in_the_last_digit_are_one():
+    study = study_of(batch_size=[3, 9, 27], eta=[0.1 * 3**k for k in range(4)])
+    assert study.table["temperature"].nunique() > 6
+    ((_, cells),) = maps(PLOTS["heatmap_temp"](study))
+    assert cells.shape == (4, 6)
+
+
+def test_heatmap_gamma_fits_the_powers_of_the_richness():
+    axes = {"richness": [1e-4, 1e-3, 1e-2, 1.0, 10.0, 100.0, 1000.0], "batch_size": [64]}
+    study = study_of(**axes, eta=[2.0**k for k in range(-34, 12)], depth=[2, 3])
+    fig = PLOTS["heatmap_gamma"](study)
+    assert [ax.get_title() for ax, _ in maps(fig)] == ["depth=2", "depth=3"]
+    for (ax, _), powers in zip(maps(fig), ((2, 1), (2, 2 / 3)), strict=True):
+        np.testing.assert_allclose(
+            marks(ax, "o"), [(g, best_eta(64, g, depth=2 if powers[1] == 1 else 3)) for g in axes["richness"]]
+        )
+        assert [text.get_text() for text in ax.get_legend().get_texts()] == [
+            "lazy: γ^2.000 (theory, dashed: 2)",
+            f"rich: γ^{powers[1]:.3f} (theory, dashed: {powers[1]:.3g})",
+        ]
+        fitted, theory = (
+            next(line for line in ax.lines if line.get_linestyle() == style and len(line.get_xdata()) > 1)
+            for style in ("-", "--")
+        )
+        np.testing.assert_allclose(fitted.get_ydata(), theory.get_ydata())
+    # The standard rule already scales the rate with the richness.
+    scaled = PLOTS["heatmap_gamma"](study_of(**axes, eta=GRID["eta"], rate_rule=["standard"]))
+    assert not any("theory" in text for text in texts(scaled))
+
+
+def test_a_few_panels_are_chosen_evenly():
+    fig = PLOTS["heatmap_batch"](study_of(batch_size=[4, 16], eta=[0.1, 0.2], width=list(range(10, 50)), richness=[0.5, 1.0]))
+    found = [ax.get_title() for ax, _ in maps(fig)]
+    assert found == [f"width={width} · richness={g}" for width in (10, 23, 36, 49) for g in ("0.5", "1")]
+    assert "8 of 80 panels" in fig.get_suptitle()
+
+
+def test_losscurves_at_equal_temperature():
+    fig = PLOTS["losscurve_temp_samples"](study_of(**GRID))
+    assert len(fig.axes) == 9
+    assert "9 of 13 panels" in fig.get_suptitle()
+    (ax,) = (ax for ax in fig.axes if ax.get_title().startswith("η/B=2⁻⁹"))
+    sizes = [size for size in GRID["batch_size"] if size / 2**9 in GRID["eta"]]
+    curves = [line for line in ax.lines if len(line.get_xdata()) > 1]
+    assert len(curves) == len(sizes) > 2
+    for line, size in zip(curves, sizes, strict=True):
+        (steps, losses), updates = trial(size / 2**9, size)[1], updates_done(trial(0.1, 4)[1][0])
+        np.testing.assert_allclose(line.get_xdata(), size * updates[updates > 0])
+        np.testing.assert_allclose(line.get_ydata(), losses[updates > 0])
+
+
+def test_losscurves_in_flow_time_have_the_coldest_beside_them():
+    fig = PLOTS["losscurve_temp_eff_steps"](study_of(**GRID))
+    cold = [next(line for line in ax.lines if line.get_linestyle() == "--") for ax in fig.axes]
+    assert "lowest η/B: 2⁻¹⁷" in texts(fig)
+    steps, losses = trial(2.0**-9, 256)[1]
+    for line in cold:
+        np.testing.assert_allclose(line.get_xdata(), 2.0**-9 * updates_done(steps)[1:])
+        np.testing.assert_allclose(line.get_ydata(), losses[1:])
+
+
+def test_losscurve_grid_ends_where_trials_diverge():
+    fig = PLOTS["losscurve_grid"](study_of(batch_size=[4, 64], eta=[2.0**-6, 2.0**-4, 8.0], seed=[0, 1, 2]))
+    assert [ax.get_title() for ax in fig.axes] == ["batch_size=4", "batch_size=64"]
+    for ax in fig.axes:
+        assert len([line for line in ax.lines if len(line.get_xdata()) > 1]) == 3
+        assert len(marks(ax, "x")) == 1
+        assert len([band for band in ax.collections if not isinstance(band, QuadMesh)]) == 3
+    assert {"η=2⁻⁶", "η=2⁻⁴", "η=8"} <= set(texts(fig))
+
+
+def test_width_transfer_says_how_the_optimum_shifts():
+    study = study_of(width=[32, 64, 128], eta=GRID["eta"], parameterization=["sp", "mup"], seed=[0, 1], batch_size=[64])
+    fig = PLOTS["width_transfer"](study)
+    assert [ax.get_title() for ax in fig.axes] == [
+        f"parameterization={name}\nexponent of best η over N: {power}" for name, power in (("mup", "0.000"), ("sp", "-1.000"))
+    ]  # fmt: skip
+    for ax, parameterization in zip(fig.axes, ("mup", "sp"), strict=True):
+        expected = [best_eta(64, width=width, parameterization=parameterization) for width in (32, 64, 128)]
+        np.testing.assert_allclose(marks(ax, "*")[:, 0], expected)
+    assert {"N=32", "N=64", "N=128"} <= set(texts(fig))
+
+
+def test_coordinate_check_prints_slopes():
+    study = study_of(width=[32, 64, 128, 256], eta=GRID["eta"], parameterization=["sp", "mup"], seed=[0, 1], batch_size=[64])
+    fig = PLOTS["coordinate_check"](study)
+    legends = [[text.get_text() for text in ax.get_legend().get_texts()] for ax in fig.axes]
+    for (first, second), power in zip(legends, (0.0, -0.5), strict=True):
+        assert first.startswith("layer 1: slope ")
+        assert second.startswith("layer 2: slope ")
+        assert float(first.split()[3]) == pytest.approx(power, abs=1e-6)
+    # A decade at least, so that what is flat looks flat.
+    assert all(np.ptp(np.log10(ax.get_ylim())) > 1 for ax in fig.axes)
+    assert all(" · η=" in ax.get_title() for ax in fig.axes)
+
+
+def test_coordinate_check_is_at_a_rate_that_all_widths_survive():
+    study = study_of(width=[64, 4096], eta=[2.0**-9, 2.0**-3], parameterization=["sp"], batch_size=[64])
+    assert study.table["final_loss"].isna().sum() == 1
+    (ax,) = PLOTS["coordinate_check"](study).axes
+    assert ax.get_title() == "η=2⁻⁹"
+    assert PLOTS["coordinate_check"](where(study, ["eta>0.1"])) is None
+
+
+def test_steps_to_target_finds_the_critical_batch_size():
+    study = measured(
+        study_of(batch_size=[4, 8, 16, 32, 64, 128, 256, 512, 1024], eta=[2.0**k for k in range(-10, 3)], seed=[0, 1, 2])
+    )
+    target, (found,) = trades(study)
+    # The window, the interpolation and the grid of learning rates each move the steps by some percent.
+    assert found.fit.batch_size == pytest.approx(BC, rel=0.1)
+    assert found.fit.min_steps == pytest.approx(-np.log(target) / RATE, rel=0.1)
+    assert found.noise_scale == pytest.approx(1.1 * BC)
+    fig = PLOTS["steps_to_target"](study)
+    steps, samples = (ax.containers[0][0].get_xydata() for ax in fig.axes)
+    np.testing.assert_allclose(samples[:, 1], steps[:, 0] * steps[:, 1])
+    (text,) = (text for text in texts(fig) if "B_crit" in text)
+    assert f"B_crit {found.fit.batch_size:.3g} [" in text
+    assert "gradient noise scale 70.4" in text
+    assert f"training to a loss of {target:.3g}" in fig.get_suptitle()
+    # Three quarters of the batch sizes get there.
+    assert found.table["batch_size"].nunique() >= 0.75 * 9
+
+
+def test_sharpness_against_the_rate_that_the_weights_feel():
+    study = measured(study_of(**GRID, width=[32]))
+    fig = PLOTS["sharpness"](study)
+    ((_, cells),) = maps(fig)
+    np.testing.assert_allclose(cells[np.isfinite(cells)].max(), 2)
+    right = next(ax for ax in fig.axes if ax.get_xlabel().startswith("learning rate applied"))
+    (stability,) = (line for line in right.lines if line.get_linestyle() == "--")
+    np.testing.assert_allclose(stability.get_ydata() * stability.get_xdata(), 2)
+    curve = right.lines[0]
+    np.testing.assert_allclose(curve.get_ydata(), np.minimum(100, 2 * 32 / curve.get_xdata()))
+    assert "2 / rate" in texts(fig)
+    adam = PLOTS["sharpness"](study._replace(table=study.table.assign(optimizer="adam")))
+    assert "2 / rate" not in texts(adam)
+
+
+def test_llc_is_beside_the_loss():
+    study = measured(study_of(**GRID))
+    (left, loss), (right, llc) = maps(PLOTS["llc"](study))
+    assert (left.get_title(), right.get_title()) == ("final loss", "llc")
+    np.testing.assert_array_equal(np.isnan(loss), np.isnan(llc))
+    expected = np.broadcast_to(10 + np.log2(GRID["eta"])[:, None], llc.shape)
+    np.testing.assert_allclose(llc[np.isfinite(llc)], expected[np.isfinite(llc)])
+
+
+def test_plots_are_drawn_by_name():
+    study = study_of(**GRID)
+    assert list(draw_plots(study, ["heatmap_temp", "llc", "heatmap_batch"])) == ["heatmap_temp", "heatmap_batch"]
+    with pytest.raises(InvalidInput, match="got 'heatmap_bach'.*Did you mean 'heatmap_batch'"):
+        draw_plots(study, ["heatmap_bach"])
+
+
+# --- Filters -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("texts", "keep"),
+    [
+        ([], lambda row: True),
+        (["batch_size=16,64"], lambda row: row.batch_size in (16, 64)),
+        (["batch_size=range(16,65)", "seed=1"], lambda row: row.batch_size in (16, 64) and row.seed == 1),
+        (["eta>=0.25"], lambda row: row.eta >= 0.25),
+        (["eta > 0.25", "eta<=1"], lambda row: 0.25 < row.eta <= 1),
+        (["temperature<1e-3"], lambda row: row.temperature < 1e-3),
+        (["temperature=0.00390625"], lambda row: np.isclose(row.temperature, 2.0**-8)),
+        (["final_loss=none"], lambda row: np.isnan(row.final_loss)),
+        (["optimizer=SGD", "task.dataset=digits,other"], lambda row: True),
+        (["optimizer=adam"], lambda row: False),
+    ],
+)
+def test_where(texts, keep):
+    study = study_of(**GRID)
+    found = where(study, texts)
+    assert list(found.table["trial_id"]) == [row.trial_id for row in study.table.itertuples() if keep(row)]
+    assert list(found.curves) == list(found.table["trial_id"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batch_size", "A condition is COLUMN=VALUE.*got 'batch_size'.*batch_size=16,64"),
+        ("batch_size=", "got 'batch_size='"),
+        ("batchsize=3", "got 'batchsize=3'.*Did you mean 'batch_size'"),
+        ("eta>1,2", "one number; got 'eta>1,2'"),
+        ("eta<big", "one number; got 'eta<big'"),
+        ("optimizer<3", "one number; got 'optimizer<3'"),
+        ("eta=(", "is no value"),
+    ],
+)
+def test_where_refuses(text, message):
+    with pytest.raises(InvalidInput, match=message):
+        where(study_of(batch_size=[4], eta=[0.1]), [text])
+
+
+def test_swept_settings():
+    study = study_of(**GRID, width=[64])
+    assert swept(study.table) == ["eta", "batch_size", "seed"]
+    assert "final_loss" not in settings(study.table)
+    # Epochs: the batch size determines the number of steps.
+    epochs = study.table.assign(num_steps=4096 // study.table["batch_size"])
+    assert swept(epochs) == ["eta", "batch_size", "seed"]
+    assert swept(study.table.assign(num_steps=np.arange(len(study.table)))) == ["eta", "batch_size", "num_steps", "seed"]
+
+
+# --- The report --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def studied():
+    study = measured(study_of(**GRID, width=[32, 64], richness=[1.0]))
+    return study, study_report(
+        "stu_0123456789abcdef", "B & <eta>", study, {"heatmap_batch": PNG, "other": PNG}, "2026-01-02 03:04"
+    )
+
+
+def test_report_needs_nothing_else(studied):
+    _, html = studied
+    page = Page(html)
+    assert html.startswith("<!doctype html>")
+    assert not page.of("script")
+    for _, attributes in page.elements:
+        for name in ("src", "href"):
+            assert (attributes.get(name) or "#").startswith(("data:image/png;base64,", "#"))
+    assert [image["src"].partition(",")[2] for image in page.of("img")] == [base64.b64encode(PNG).decode()] * 2
+    assert {link["href"] for link in page.of("a")} <= {
+        f"#{attributes['id']}" for _, attributes in page.elements if "id" in attributes
+    }
+
+
+def test_report_says_what_was_run_and_found(studied):
+    study, html = studied
+    page = Page(html)
+    text = " ".join(page.texts)
+    assert "B & <eta>: 288 trials" in text
+    assert "stu_0123456789abcdef" in text
+    fields = dict(page.settings)
+    assert (fields["trials"], fields["diverged"]) == ("288", str(study.table["final_loss"].isna().sum()))
+    assert (fields["optimizer"], fields["richness"]) == ("sgd", "1")
+    assert ["batch_size", "4", "4, 16, 64, 256"] in page.rows
+    assert ["seed", "3", "0, 1, 2"] in page.rows
+    (head,) = (index for index, row in enumerate(page.rows) if row[:4] == ["width", "eta", "batch_size", "final_loss"])
+    best = trial(0.25, 256)[0]["final_loss"]
+    assert [row[:4] for row in page.rows[head + 1 : head + 3]] == [
+        [width, "0.25", "256", f"{best:.5g}"] for width in ("32", "64")
+    ]
+    assert any(row[0] == "exponent of the best η over N" and row[4] == "0" for row in page.rows)
+    _, (found, _) = trades(study)
+    (row,) = (row for row in page.rows if row[:2] == ["critical batch size", "width=32"])
+    assert row[2] == f"{found.fit.batch_size:.5g}"
+    assert row[4] == "gradient noise scale 70.4"
+    assert "log10 of the final loss over batch size and learning rate" in text
+
+
+def test_report_names_the_exponents_of_the_richness():
+    study = study_of(richness=[1e-3, 1e-2, 10.0, 100.0], eta=[2.0**k for k in range(-28, 8)], batch_size=[64])
+    rows = {row[0]: row for row in Page(study_report("stu_1", "richness", study, {})).rows}
+    for name, power in (("lazy, γ ≤ 0.03", 2), ("rich, γ ≥ 10", 1)):
+        row = rows[f"exponent of the best η over γ, {name}"]
+        assert float(row[2]) == pytest.approx(power)
+        assert row[3:] == ["–", str(power), "of 2 values"]
+
+
+def test_report_of_a_large_study_is_bounded():
+    rows = [trial(0.1, 4, seed=seed)[0] for seed in range(MAX_TRIALS + 1)]
+    page = Page(study_report("stu_1", "seeds", Study(pd.DataFrame(rows), {}), {}))
+    assert f"The best {MAX_TRIALS} of {MAX_TRIALS + 1} trials, by final loss" in " ".join(page.texts)
+    assert len(page.rows) < MAX_TRIALS + 20
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_report_of_every_shape(shape):
+    study = SHAPES[shape][0]()
+    page = Page(study_report("stu_1", shape, study, {}))
+    assert dict(page.settings)["trials"] == str(len(study.table))
