@@ -16,7 +16,7 @@ from flows.tasks import Place, open_place
 from lambda_hat import artifacts, report
 from lambda_hat.batch_size.plan import with_stored
 from lambda_hat.manifest import sweep_address
-from lambda_hat.plan import describe, make_plan
+from lambda_hat.plan import check_own, describe, make_plan
 from lambda_hat.run import RunSpec
 from lambda_hat.runtime import configure
 from lambda_hat.settings import Settings
@@ -66,9 +66,12 @@ def _plan(
             f"--from-run repeats a run as it was, without experiment or overrides; got {experiment or overrides}."
         )
     try:
-        return [artifacts.find_run_spec(store, from_run)]
+        spec = artifacts.find_run_spec(store, from_run)
     except InvalidInput:  # repeated into another store than its own
-        return [artifacts.find_run_spec(Store(settings.store.uri, settings.store.options, settings.store.cache), from_run)]
+        own = settings.store
+        spec = artifacts.find_run_spec(Store(own.uri, own.options, own.cache), from_run)
+    check_own(settings, spec.target)
+    return [spec]
 
 
 def _publish(specs: list[RunSpec], rows: list[dict[str, Any]], store: Store) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lambda_hat import __version__, gallery
+from lambda_hat.batch_size.commands import add_commands
 from lambda_hat.manifest import Address, ArtifactError, Manifest, StoreUnavailable, diagnosis_address
 from lambda_hat.settings import load_settings
 from lambda_hat.spec import InvalidInput, dotted
@@ -28,8 +29,10 @@ LS_COLUMNS = {
     "targets": ["id", "spec.family", "spec.seed", "num_params", "num_data", "init_loss", "true_llc", "created_at"],
     "runs": ["id", "target_id", "spec.target.family", "spec.sampler.kind", "spec.sampler.seed", "fge", "created_at"],
     "sweeps": ["id", "num_runs", "created_at"],
+    "trials": ["id", "num_trials", "num_diverged", "seconds", "created_at"],
+    "studies": ["id", "spec.name", "num_trials", "num_diverged", "created_at"],
 }
-KINDS = {"targets": "target", "runs": "run", "sweeps": "sweep"}
+KINDS = {"targets": "target", "runs": "run", "sweeps": "sweep", "trials": "trials", "studies": "study"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,8 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--settings", metavar="FILE", help="settings file (default: ./settings.toml)")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    ls = commands.add_parser("ls", parents=[common], help="list targets, runs and sweeps, oldest first")
-    ls.add_argument("kinds", nargs="*", type=_kind, metavar="KIND", help="targets, runs, sweeps (default: all)")
+    ls = commands.add_parser("ls", parents=[common], help="list what is in the store, oldest first")
+    ls.add_argument("kinds", nargs="*", type=_kind, metavar="KIND", help=f"{', '.join(KINDS)} (default: all)")
     ls.add_argument("--json", action="store_true", help="print JSON")
     ls.set_defaults(run=_ls)
 
@@ -142,6 +145,8 @@ def _parser() -> argparse.ArgumentParser:
         help="only what nobody wrote to for so long; what is being written now must not be removed (default: 24)",
     )  # fmt: skip
     gc.set_defaults(run=_gc)
+
+    add_commands(commands, common)
     return parser
 
 

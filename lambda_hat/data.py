@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
+import math
 import os
-from pathlib import Path
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
+from lambda_hat.chunks import Progress, no_progress
 from lambda_hat.spec import InvalidInput
 from lambda_hat.target import DataSpec
 
@@ -157,9 +162,117 @@ def _idx(name: str) -> bytes:
     return content
 
 
-#: Names a folder with mnist1m.npz, which `process_mnist1m` makes.
+#: Names the folder of mnist1m.npz, which `process_mnist1m` makes.
 MNIST1M_VARIABLE = "MNIST1M_FOLDER"
+MNIST1M_FILE = "mnist1m.npz"
+
+
+def process_mnist1m(zips: Sequence[Path], output: Path, progress: Progress = no_progress) -> Path:
+    """Makes one file of MNIST-1M's raw zips, images of 28x28 pixels in ten classes, all in memory: 784 bytes an image.
+
+    A zip holds one or more pairs of files, in any folders, images and labels, of one name but for the words "images" and
+    "labels": "train-images.npy" with "train-labels.npy", or "images-idx3-ubyte" with "labels-idx1-ubyte". Images are unsigned
+    bytes, (n, 28, 28) or (n, 784); labels (n,), 0 to 9; both .npy or the idx format of MNIST.
+
+    Args:
+      output: a folder, in which the file is called `MNIST1M_FILE`, or the file itself.
+      progress: receives the zips read.
+
+    Returns:
+      The path of the file: compressed, `x` (n, 784) and `y` (n,), uint8, the images of all zips shuffled, so that its first m
+      are a sample of all of them; the same for the same zips in the same order. It appears only when it is whole.
+
+    Raises:
+      InvalidInput: a zip is not there, or does not hold what it must.
+    """
+    if not zips:
+        raise InvalidInput("MNIST-1M is made of its raw zips; got none. Name them all.")
+    images, labels = [], []
+    for done, path in enumerate(zips, 1):
+        for x, y in _mnist1m_pairs(Path(path)):
+            images.append(x)
+            labels.append(y)
+        progress(done, len(zips), "zips", f"{sum(map(len, labels))} images")
+    order = np.random.default_rng(0).permutation(sum(map(len, labels)))
+    path = output / MNIST1M_FILE if output.is_dir() else output
+    unfinished = path.with_name(f".{path.name}.tmp")
+    with unfinished.open("wb") as file:
+        np.savez_compressed(file, x=np.concatenate(images)[order], y=np.concatenate(labels)[order])
+    return unfinished.replace(path)
 
 
 def mnist1m(n: int) -> tuple[np.ndarray, np.ndarray]:
-    raise NotImplementedError
+    """The first n images of MNIST-1M as `process_mnist1m` shuffled them: x (n, 784), pixels in [0, 1], float32; y (n,), int32.
+
+    Raises:
+      InvalidInput: the file is not in the folder that the environment variable MNIST1M_FOLDER names, or not made by
+        `process_mnist1m`, or holds fewer.
+    """
+    path = Path(os.environ.get(MNIST1M_VARIABLE, "")) / MNIST1M_FILE
+    if not path.is_file():
+        raise InvalidInput(
+            f"MNIST-1M must be in one file, {MNIST1M_FILE}; found no {path}. Make it of the raw zips with `lambda-hat data "
+            f"process-mnist1m`, and name its folder in the environment variable {MNIST1M_VARIABLE}."
+        )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (x, total), (y, _) = (_head(archive, f"{name}.npy", n) for name in "xy")
+    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+        raise InvalidInput(
+            f"{path} must be made by `lambda-hat data process-mnist1m`; it is not: {error}. Make it again."
+        ) from error
+    if n > total:
+        raise InvalidInput(f"The images asked for must be at most those of {path}, {total}; got {n}. Lower n_data or n_test.")
+    return x.reshape(n, 784).astype(np.float32) / np.float32(255), y.astype(np.int32)
+
+
+def _head(archive: zipfile.ZipFile, name: str, n: int) -> tuple[np.ndarray, int]:
+    """The first n rows of an array of bytes in an archive, without reading the others, and the number of all rows."""
+    with archive.open(name) as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        if dtype != np.uint8 or shape[1:] not in ((784,), ()):
+            raise ValueError(f"{name} is an array {shape} of {dtype}")
+        rows = min(n, shape[0])
+        content = file.read(rows * math.prod(shape[1:]))
+    return np.frombuffer(content, np.uint8).reshape(rows, *shape[1:]), shape[0]
+
+
+def _mnist1m_pairs(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Images, (n, 784), and labels, (n,), uint8, of the zip's pairs of files, in the order of their names."""
+    try:
+        archive = zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise InvalidInput(
+            f"Each of MNIST-1M's raw files must be a zip; {path} cannot be read: {error}. Get it again."
+        ) from error
+    with archive:
+        members = {PurePosixPath(name).name: name for name in sorted(archive.namelist())}
+        pairs = {name: name.replace("images", "labels").replace("idx3", "idx1") for name in members if "images" in name}
+        if not pairs or not set(pairs.values()) <= set(members):
+            raise InvalidInput(
+                'A zip of MNIST-1M must hold files with "images" in their names, each with another that says "labels" '
+                f"instead; {path} holds {', '.join(list(members)[:5]) or 'none'}. Name the raw zips, or rename the files."
+            )
+        for images, labels in pairs.items():
+            x, y = (_raw_array(path, archive, members[name]) for name in (images, labels))
+            if x.dtype != np.uint8 or x.shape[1:] not in ((28, 28), (784,)) or y.shape != x.shape[:1] or np.any(y > 9):
+                raise InvalidInput(
+                    "Images of MNIST-1M must be unsigned bytes, (n, 28, 28) or (n, 784), and labels (n,), 0 to 9; in "
+                    f"{path}, {images} is {x.shape} of {x.dtype} and {labels} {y.shape} of {y.dtype}. Get the zip again."
+                )
+            yield x.reshape(-1, 784), y.astype(np.uint8)
+
+
+def _raw_array(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """An array in .npy or of bytes in MNIST's idx format: 0, 0, 8, the number of axes, their lengths in 4 bytes each."""
+    try:
+        content = archive.read(name)
+        if name.endswith(".npy"):
+            return np.load(io.BytesIO(content), allow_pickle=False)
+        if content[:3] != b"\0\0\x08":
+            raise ValueError("it is neither .npy nor idx of unsigned bytes")
+        start = 4 + 4 * content[3]
+        return np.frombuffer(content, np.uint8, offset=start).reshape(np.frombuffer(content[4:start], ">u4"))
+    except (ValueError, IndexError, EOFError, zipfile.BadZipFile) as error:
+        raise InvalidInput(f"{name} in {path} must be an array; it cannot be read: {error}. Get the zip again.") from error

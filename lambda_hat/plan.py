@@ -18,6 +18,7 @@ from lambda_hat.samplers import AnySamplerSpec
 from lambda_hat.settings import Preset, Settings, explain, lookup, models_in, nearest
 from lambda_hat.spec import InvalidInput, Spec
 from lambda_hat.targets import AnyTargetSpec, TargetSpec
+from lambda_hat.targets.custom import CustomSpec
 
 #: A plan of more runs is a typing error.
 MAX_RUNS = 100_000
@@ -93,6 +94,21 @@ def make_plan(settings: Settings, experiment: str | None = None, overrides: Sequ
     for run in runs.values():
         order.setdefault(run.target_id, len(order))
     return sorted(runs.values(), key=lambda run: order[run.target_id])
+
+
+def check_own(settings: Settings, spec: TargetSpec) -> None:
+    """Refuses a custom target read from a store unless a preset of these settings names its function: whoever wrote the store
+    would else decide what is imported here.
+
+    Raises:
+      InvalidInput: it is one.
+    """
+    own = {preset.fields.get("path") for preset in settings.presets.target.values()}
+    if isinstance(spec, CustomSpec) and spec.path not in own:
+        raise InvalidInput(
+            f"The function of a custom target is imported where your own settings name it; got {spec.path!r} from the store. "
+            "If you trust it, add a [presets.target.NAME] with family = 'custom' and this path."
+        )
 
 
 def spec_from_json(text: str) -> RunSpec:

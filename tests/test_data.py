@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import gzip
+import io
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from lambda_hat.data import FASHION_MNIST_VARIABLE, RegressionData, digits, draw_inputs, draw_noise, fashion_mnist
+from lambda_hat.data import (
+    FASHION_MNIST_VARIABLE,
+    MNIST1M_VARIABLE,
+    RegressionData,
+    digits,
+    draw_inputs,
+    draw_noise,
+    fashion_mnist,
+    mnist1m,
+    process_mnist1m,
+)
 from lambda_hat.spec import InvalidInput
+from lambda_hat.trials import ImagesTask
 
 N = 40_000
 
@@ -115,3 +128,111 @@ def test_fashion_mnist_that_is_not_there(monkeypatch, tmp_path):
     (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"something else"))
     with pytest.raises(InvalidInput, match="its content is another's"):
         fashion_mnist("t10k")
+
+
+def npy(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def idx(array):
+    return bytes([0, 0, 8, array.ndim]) + np.asarray(array.shape, ">u4").tobytes() + array.tobytes()
+
+
+def write_zip(path, **files):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+@pytest.fixture
+def raw_mnist1m(tmp_path):
+    """Ten zips, the odd ones .npy, the even ones idx, of 110 images: image i has the pixels 0, i, 255 and label i mod 10."""
+    zips = []
+    for part in range(10):
+        numbers = np.arange(11 * part, 11 * part + 11)
+        x, y = np.zeros((11, 28, 28), np.uint8), (numbers % 10).astype(np.uint8)
+        x[:, 0, 1], x[:, 27, 27] = numbers, 255
+        if part % 2:
+            files = {"part/images.npy": npy(x.reshape(11, 784) if part == 3 else x), "part/labels.npy": npy(y.astype(np.int64))}
+        else:
+            half = [("a", slice(5)), ("b", slice(5, 11))]
+            files = {f"{name}-images-idx3-ubyte": idx(x[rows]) for name, rows in half}
+            files |= {f"{name}-labels-idx1-ubyte": idx(y[rows]) for name, rows in half} | {"README": b"hello"}
+        zips.append(write_zip(tmp_path / f"raw{part}.zip", **files))
+    return zips
+
+
+def test_mnist1m(raw_mnist1m, tmp_path, monkeypatch):
+    """One file holds the images of all zips with their labels, each once, shuffled."""
+    notes = []
+    path = process_mnist1m(raw_mnist1m, tmp_path, lambda *note: notes.append(note))
+    assert path == tmp_path / "mnist1m.npz"
+    assert notes[-1] == (10, 10, "zips", "110 images")
+    assert {file.suffix for file in tmp_path.iterdir()} == {".npz", ".zip"}  # nothing half made is left
+    monkeypatch.setenv(MNIST1M_VARIABLE, str(tmp_path))
+    x, y = mnist1m(110)
+    assert (x.shape, x.dtype, y.shape, y.dtype) == ((110, 784), np.float32, (110,), np.int32)
+    numbers = np.rint(255 * x[:, 1]).astype(int)
+    assert sorted(numbers) == list(range(110))
+    assert not np.array_equal(numbers, np.arange(110))
+    np.testing.assert_array_equal(y, numbers % 10)
+    np.testing.assert_array_equal(x[:, -1], 1)
+    assert not x[:, 2:-1].any()
+    few, labels = mnist1m(7)
+    np.testing.assert_array_equal(few, x[:7])
+    np.testing.assert_array_equal(labels, y[:7])
+    again = process_mnist1m(raw_mnist1m, tmp_path / "another.npz")
+    assert again.read_bytes() == path.read_bytes()
+    with pytest.raises(InvalidInput, match=r"must be at most those of .*mnist1m.npz, 110; got 111. Lower n_data or n_test"):
+        mnist1m(111)
+
+
+def test_mnist1m_of_a_task(raw_mnist1m, tmp_path, monkeypatch):
+    process_mnist1m(raw_mnist1m, tmp_path)
+    monkeypatch.setenv(MNIST1M_VARIABLE, str(tmp_path))
+    data = ImagesTask(dataset="mnist1m", n_data=80, n_test=30).load("float64")
+    x, y = mnist1m(110)
+    np.testing.assert_array_equal(np.concatenate([data.x, data.x_test]), x.astype(np.float64))
+    np.testing.assert_array_equal(np.argmax(np.concatenate([data.y, data.y_test]), axis=1), y)
+
+
+IMAGES, LABELS = np.zeros((3, 28, 28), np.uint8), np.arange(3, dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"images.npy": npy(IMAGES)}, r'each with another that says "labels" instead; .*holds images.npy'),
+        ({}, "holds none"),
+        ({"images.npy": npy(IMAGES[:, :9]), "labels.npy": npy(LABELS)}, r"images.npy is \(3, 9, 28\) of uint8"),
+        ({"images.npy": npy(IMAGES / 255), "labels.npy": npy(LABELS)}, "of float64"),
+        ({"images.npy": npy(IMAGES), "labels.npy": npy(LABELS[:2])}, r"labels.npy \(2,\) of uint8"),
+        ({"images.npy": npy(IMAGES), "labels.npy": npy(LABELS + 9)}, "labels .*0 to 9"),
+        ({"images": b"text", "labels": idx(LABELS)}, "images in .* must be an array.*neither .npy nor idx"),
+        ({"images": idx(IMAGES)[:-1], "labels": idx(LABELS)}, "must be an array; it cannot be read"),
+        ({"images.npy": b"text", "labels.npy": npy(LABELS)}, "must be an array; it cannot be read"),
+    ],
+)
+def test_zips_that_are_not_mnist1m(files, message, tmp_path):
+    with pytest.raises(InvalidInput, match=message):
+        process_mnist1m([write_zip(tmp_path / "raw.zip", **files)], tmp_path)
+    assert not (tmp_path / "mnist1m.npz").exists()
+
+
+def test_mnist1m_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setenv(MNIST1M_VARIABLE, str(tmp_path))
+    with pytest.raises(InvalidInput, match=r"found no .*mnist1m.npz.*process-mnist1m.*MNIST1M_FOLDER"):
+        mnist1m(3)
+    (tmp_path / "mnist1m.npz").write_bytes(b"something else")
+    with pytest.raises(InvalidInput, match="must be made by `lambda-hat data process-mnist1m`; it is not"):
+        mnist1m(3)
+    np.savez(tmp_path / "mnist1m.npz", x=np.zeros((3, 5)), y=np.zeros(3))
+    with pytest.raises(InvalidInput, match=r"x.npy is an array \(3, 5\) of float64"):
+        mnist1m(3)
+    with pytest.raises(InvalidInput, match="made of its raw zips; got none"):
+        process_mnist1m([], tmp_path)
+    with pytest.raises(InvalidInput, match=r"must be a zip; .*missing.zip cannot be read"):
+        process_mnist1m([tmp_path / "missing.zip"], tmp_path)

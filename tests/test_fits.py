@@ -39,7 +39,7 @@ def test_a_parabola_s_minimum_is_exact(centre):
     assert found.loss == pytest.approx(0.3, rel=1e-9)
     assert found.flag == ""
     assert found.bracketed
-    assert math.isnan(found.error)
+    assert found.error == pytest.approx(0.15)
 
 
 def test_uneven_grids_in_any_order():
@@ -57,8 +57,8 @@ def test_error_over_seeds():
     for _ in range(200):
         losses = np.stack([bowl(0.4 + shift) for shift in 0.2 * rng.standard_normal(4)])
         found = optimum(ETAS, losses)
-        hits.append(abs(found.log2_eta - 0.4) < 3.18 * found.error)  # t of 3 degrees of freedom, 95 %
-        errors.append(found.error)
+        errors.append(math.sqrt(found.error**2 - 0.15**2))  # of the seeds alone: on parabolas the grid makes none
+        hits.append(abs(found.log2_eta - 0.4) < 3.18 * errors[-1])  # t of 3 degrees of freedom, 95 %
     assert 0.9 < np.mean(hits) < 0.99
     assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(0.1, rel=0.1)
 
@@ -82,6 +82,16 @@ def test_edges_and_divergence_are_flagged_and_not_fitted(losses, place, flag):
     assert found.bracketed == (flag in ("", "divergence"))
     if flag == "divergence":
         assert found.error == pytest.approx(1 / math.sqrt(12))
+
+
+def test_steep_curves_stay_within_the_grid_s_error():
+    """A bowl eight times as steep above its minimum: the parabola's minimum moves with the grid, on average by its error."""
+    x = np.log2(ETAS)
+    found = []
+    for centre in np.linspace(-0.5, 0.5, 40, endpoint=False):
+        losses = np.exp(0.1 * np.where(x > centre, 8, 1) * np.square(x - centre))
+        found.append(optimum(ETAS, losses).log2_eta - centre)
+    assert 0.05 < np.std(found) < 0.2
 
 
 def test_the_worst_seed_s_flag_is_the_point_s():
@@ -162,7 +172,7 @@ def test_richness_slopes():
     assert found.theory == (2, pytest.approx(2 / 3))
     for slope, theory in zip((found.lazy, found.rich), found.theory, strict=True):
         assert slope.low < theory < slope.high
-        assert slope.error < 0.1
+        assert slope.error < 0.2
     assert found.lazy.left_out == (richness[0],)
     assert found.rich.left_out == (1e5,)
     assert [of.flag for of in found.optima] == ["edge", *[""] * 8, "edge"]
@@ -304,21 +314,19 @@ def test_moving_average():
     np.testing.assert_allclose(moving_average([NAN, 2], 3), [NAN, NAN])
     line = np.linspace(5, 1, 30)
     np.testing.assert_allclose(moving_average(line, 7), line, rtol=1e-12)
-    with pytest.raises(InvalidInput, match="num_points=0"):
+    with pytest.raises(InvalidInput, match="window=0"):
         moving_average(line, 0)
 
 
 def test_points_weigh_as_many_steps_as_they_stand_for():
-    steps = np.array([1, 2, 3, 6, 9])  # of 1, 1, 1, 3 and 3 steps, at 0, 1, 2, 4 and 7 updates
-    losses = np.array([1.0, 2, 3, 4, 5])
-    # The window of 8 around the fourth is cut to 3 updates at the end: from 1 to 7.
-    np.testing.assert_allclose(smooth(steps, losses, window=8)[3], (2 + 3 + 3 * 4 + 3 * 5) / 8)
-    np.testing.assert_allclose(smooth(steps, losses, window=1), losses)
-    # Over all, a mean of means is the mean over steps.
-    every = np.random.default_rng(0).random(101)
-    ends = np.array([10, 40, 61, 91, 101])
-    means = [part.mean() for part in np.split(every, ends[:-1])]
-    assert np.average(means, weights=np.diff(ends, prepend=0)) == pytest.approx(every.mean())
+    steps = np.array([1, 2, 3, 6, 7, 8])  # their steps: 0-1, 1-2, 2-3, 3-6, 6-7, 7-8
+    losses = np.array([1.0, 2, 3, 4, 5, 6])
+    # The middle of the fourth is 4.5: a window of 7 reaches from 1 to 8, one of 6.9 from 2 to 7.
+    assert smooth(steps, losses, window=7)[3] == pytest.approx((2 + 3 + 3 * 4 + 5 + 6) / 7)
+    assert smooth(steps, losses, window=6.9)[3] == pytest.approx((3 + 3 * 4 + 5) / 5)
+    # The middle of the fifth is 6.5, with 1.5 steps to its right: the three steps to its left do not fit into as many.
+    assert smooth(steps, losses, window=7)[4] == pytest.approx((5 + 6) / 2)
+    np.testing.assert_array_equal(smooth(steps, losses, window=1), losses)
 
 
 def test_relative_windows_follow_the_steps():
@@ -332,17 +340,41 @@ def test_relative_windows_follow_the_steps():
     np.testing.assert_allclose(noise[0], np.random.default_rng(0).standard_normal(1)[0])
 
 
-def test_nothing_is_mixed_across_a_jump_or_with_divergence():
+def test_windows_shorter_than_a_jump_in_the_schedule_do_not_cross_it():
     steps = np.concatenate([np.arange(1, 21), 20 + 100 * np.arange(1, 11)])
     losses = np.concatenate([np.full(20, 7.0), np.full(10, 1.0)])
-    np.testing.assert_array_equal(smooth(steps, losses, window=400), losses)
+    np.testing.assert_array_equal(smooth(steps, losses, window=80), losses)
+    # The window of the first point after it, from -80 to 220, holds all twenty before it, for a hundred steps' weight to come.
+    crossing = smooth(steps, losses, window=300)
+    np.testing.assert_array_equal(crossing[:20], losses[:20])
+    np.testing.assert_array_equal(crossing[21:], losses[21:])
+
+
+def test_an_interleaved_schedule_is_smoothed():
+    """Even points with log-spaced ones between them: numbers of steps that jump all the time."""
+    steps = np.unique(np.concatenate([np.linspace(40, 2000, 50), np.geomspace(1, 2000, 50)]).astype(int))
+    counts = np.diff(steps, prepend=0)
+    noise = np.random.default_rng(0).standard_normal(len(steps)) / np.sqrt(counts)
+    trend = 1 - updates_done(steps) / 2000
+    found = smooth(steps, trend + noise, relative=0.3)
+    late = (steps > 1000) & (steps < 1700)
+    # Windows of some 400 steps: a standard deviation of 1/20, where points of 40 steps have 1/6.
+    assert np.std((found - trend)[late]) < 0.08
+    # Windows of few unequal points are off centre by less than one of them, of the trend's 1/50 at most.
+    assert np.max(np.abs(smooth(steps, trend, relative=0.3) - trend)) < 0.012
+
+
+def test_divergence_is_not_mixed_with_what_was_before():
+    steps = np.arange(1, 31)
     losses = np.concatenate([np.full(20, 7.0), np.full(4, 1.0), [np.inf, 1.0], np.full(4, NAN)])
-    found = smooth(steps, losses, window=400)
-    np.testing.assert_array_equal(found[:24], losses[:24])
+    found = smooth(steps, losses, window=9)
+    assert np.isfinite(found[:24]).all()
     assert np.isnan(found[24:]).all()
+    assert found[23] == 1
+    assert found[20] == pytest.approx((3 * 7 + 4) / 7)
 
 
 def test_one_width_is_given():
-    for widths in ({}, {"window": 2.0, "relative": 0.1}):
-        with pytest.raises(InvalidInput, match="one width"):
+    for widths in ({}, {"window": 2.0, "relative": 0.1}, {"window": 0}):
+        with pytest.raises(InvalidInput, match="one positive width"):
             smooth(np.arange(1, 4), np.ones(3), **widths)

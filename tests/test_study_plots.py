@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import itertools
+import re
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ from test_html import PNG, Page
 from lambda_hat.batch_size.plots import PLOTS, draw_plots
 from lambda_hat.batch_size.plots.scaling import trades
 from lambda_hat.batch_size.report import MAX_TRIALS, study_report
-from lambda_hat.batch_size.smoothing import updates_done
+from lambda_hat.batch_size.smoothing import smooth, updates_done
 from lambda_hat.batch_size.study import Study, settings, swept, where
 from lambda_hat.spec import InvalidInput
 
@@ -30,7 +31,7 @@ def best_eta(batch_size, richness=1.0, width=64, depth=2, parameterization="mup"
     return 2.0**-2 / (1 + BC / batch_size) * richness**power * (64 / width if parameterization == "sp" else 1.0)
 
 
-def trial(eta, batch_size, richness=1.0, width=64, seed=0, parameterization="mup", optimizer="sgd", depth=2, rate_rule="raw"):
+def trial(eta, batch_size, richness=1.0, width=64, seed=1, parameterization="mup", optimizer="sgd", depth=2, rate_rule="raw"):
     best = best_eta(batch_size, richness, width, depth, parameterization, rate_rule)
     octaves = np.log2(eta / best)
     rate = RATE / (1 + BC / batch_size) * max(1 - FALL * octaves**2, 0.0) * (1 + 0.02 * (seed - 1))
@@ -39,13 +40,13 @@ def trial(eta, batch_size, richness=1.0, width=64, seed=0, parameterization="mup
     losses = np.where(diverged & (steps > 20), np.nan, np.exp(-rate * updates_done(steps)))
     name = f"tgt_{optimizer}_{parameterization}_{width}_{richness:g}_{batch_size}_{eta:g}_{seed}"
     row = {
-        "trial_id": name, "family": "trial", "task.kind": "images", "task.dataset": "digits", "task.n_data": 1437, "loss": "mse",
+        "trial_id": name, "family": "trial", "task.kind": "images", "task.dataset": "digits", "task.n_data": 999, "loss": "mse",
         "parameterization": parameterization, "depth": depth, "width": width, "richness": richness, "optimizer": optimizer,
         "eta": eta, "rate_rule": rate_rule, "batch_size": batch_size, "num_steps": NUM_STEPS, "num_epochs": None, "seed": seed,
         "precision": "float32", "checkpoint_steps": (), "temperature": eta / batch_size, "samples": NUM_STEPS * batch_size,
         "final_loss": losses[-1], "test_loss": 1.2 * losses[-1], "train_accuracy": 1 - losses[-1], "test_accuracy": 0.9,
         "diverged_at_step": 21.0 if diverged else np.nan,
-        **{f"activation_change_{layer}": layer * (1.0 if parameterization == "mup" else (width / 64) ** -0.5) * np.exp(0.01 * seed)
+        **{f"activation_change_{layer}": layer * (width / 64) ** (-0.5 * (parameterization == "sp")) * np.exp(0.01 * seed)
            for layer in range(1, depth + 1)},
         "seconds": 0.5,
     }  # fmt: skip
@@ -72,6 +73,7 @@ def measured(study):
 
 
 GRID = {"batch_size": [4, 16, 64, 256], "eta": [2.0**k for k in range(-9, 3)], "seed": [0, 1, 2]}
+SMALL = {"batch_size": [4, 16, 64, 256], "eta": [2.0**-8, 2.0**-5, 2.0**-2, 2.0], "seed": [0, 1]}
 
 
 def scattered():
@@ -93,40 +95,33 @@ def scattered():
 
 
 def without_curves():
-    return measured(study_of(**GRID))._replace(curves={})
+    return measured(study_of(**SMALL))._replace(curves={})
 
 
 def holes():
     """Every third trial is missing, and some steps' losses are infinite or zero."""
-    study = measured(study_of(**GRID, width=[32, 64]))
+    study = measured(study_of(**SMALL, width=[32, 64]))
     for _, losses in list(study.curves.values())[::5]:
         losses[3], losses[5] = np.inf, 0.0
     table = study.table.assign(final_loss=study.table["final_loss"].mask(np.arange(len(study.table)) % 7 == 0, 0.0))
     return Study(table[np.arange(len(table)) % 3 > 0], study.curves)
 
 
-B_ETA = {
-    "heatmap_batch",
-    "heatmap_temp",
-    "losscurve_temp_samples",
-    "losscurve_temp_eff_steps",
-    "losscurve_grid",
-    "steps_to_target",
-}
+MAPS, CURVES = {"heatmap_batch", "heatmap_temp"}, {"losscurve_temp_samples", "losscurve_temp_eff_steps", "losscurve_grid"}
+B_ETA = MAPS | CURVES | {"steps_to_target"}
 MEASURED = {"sharpness", "llc"}
 #: A study, and the plots that apply to it.
 SHAPES = {
-    "grid": (lambda: measured(study_of(**GRID)), B_ETA | MEASURED),
-    "nothing measured": (lambda: study_of(**GRID), B_ETA),
+    "nothing measured": (lambda: study_of(**SMALL), B_ETA),
     "no trial": (lambda: where(study_of(**GRID), ["eta>100"]), set()),
     "one trial": (lambda: measured(study_of(batch_size=[16], eta=[0.1])), {"losscurve_grid"}),
     "all diverged": (lambda: measured(study_of(batch_size=[4, 16, 64], eta=[64.0, 128.0, 256.0])),
-                     {"heatmap_batch", "heatmap_temp", "losscurve_grid"}),
-    "diverged at once": (lambda: without_losses(study_of(batch_size=[4, 16, 64], eta=[64.0, 128.0])),
-                         {"heatmap_batch", "heatmap_temp"}),
-    "one learning rate": (lambda: measured(study_of(batch_size=[4, 16, 64], eta=[0.01])), {"losscurve_grid", "steps_to_target"}),
-    "one seed": (lambda: measured(study_of(**GRID | {"seed": [5]})), B_ETA | MEASURED),
-    "without curves": (without_curves, {"heatmap_batch", "heatmap_temp"} | MEASURED),
+                     MAPS | {"losscurve_grid"}),
+    "diverged at once": (lambda: without_losses(study_of(batch_size=[4, 16, 64], eta=[64.0, 128.0])), MAPS),
+    "one learning rate": (lambda: measured(study_of(batch_size=[4, 16, 64], eta=[0.01])),
+                          {"losscurve_grid", "steps_to_target"}),
+    "one seed": (lambda: measured(study_of(**SMALL | {"seed": [5]})), B_ETA | MEASURED),
+    "without curves": (without_curves, MAPS | MEASURED),
     "holes": (holes, set(PLOTS) - {"heatmap_gamma"}),
     "no grid": (scattered, {"losscurve_grid"}),
     "richness": (lambda: study_of(richness=[1e-5, 0.01, 1.0, 100.0, 1e5], eta=GRID["eta"], batch_size=[64]),
@@ -195,34 +190,48 @@ def test_optima_at_an_end_are_marked_apart():
 
 
 def test_heatmap_temp_is_over_eta_by_batch_size():
-    ((ax, cells),) = maps(PLOTS["heatmap_temp"](study_of(**GRID)))
-    temperatures = sorted({eta / size for eta in GRID["eta"] for size in GRID["batch_size"]})
-    assert cells.shape == (len(GRID["eta"]), len(temperatures))
-    row, column = GRID["eta"].index(0.25), temperatures.index(0.25 / 64)
-    np.testing.assert_allclose(cells[row, column], np.log10(trial(0.25, 64)[0]["final_loss"]))
+    study = study_of(**GRID)
+    fig = PLOTS["heatmap_temp"](study)
+    ((ax, cells),) = maps(fig)
+    np.testing.assert_array_equal(cells, maps(PLOTS["heatmap_batch"](study))[0][1])
+    (mesh,) = (mesh for mesh in ax.collections if isinstance(mesh, QuadMesh))
+    corners = mesh.get_coordinates()
+    # Cells are slanted: of eta=2^-8 and B=16 halfway to the neighbours, 2^-9, 2^-7 and 4, 64, in log.
+    np.testing.assert_allclose(corners[1, 1], (2**-8.5 / 8, 2**-8.5))
+    np.testing.assert_allclose(corners[2, 2], (2**-7.5 / 32, 2**-7.5))
     np.testing.assert_allclose(marks(ax, "o"), [(best_eta(size) / size, best_eta(size)) for size in GRID["batch_size"]])
+    assert ax.get_xlabel() == "temperature η/B"
+
+
+def test_losses_above_the_start_do_not_take_the_colours():
+    study = study_of(**GRID)
+    blown = study.table.assign(final_loss=study.table["final_loss"].where(study.table["eta"] < 0.25, 1e9))
+    fig = PLOTS["heatmap_batch"](study._replace(table=blown))
+    ((ax, _),) = maps(fig)
+    (mesh,) = (mesh for mesh in ax.collections if isinstance(mesh, QuadMesh))
+    assert mesh.norm.vmax == pytest.approx(0, abs=1e-3)  # log10 of a first loss of 1
 
 
 def test_temperatures_that_differ_in_the_last_digit_are_one():
-    study = study_of(batch_size=[3, 9, 27], eta=[0.1 * 3**k for k in range(4)])
+    study = study_of(batch_size=[3, 9, 27], eta=[0.01 * 3**k for k in range(4)])
     assert study.table["temperature"].nunique() > 6
-    ((_, cells),) = maps(PLOTS["heatmap_temp"](study))
-    assert cells.shape == (4, 6)
+    fig = PLOTS["losscurve_temp_samples"](study)
+    assert len(fig.axes) == 4  # those of two batch sizes and more
 
 
 def test_heatmap_gamma_fits_the_powers_of_the_richness():
     axes = {"richness": [1e-4, 1e-3, 1e-2, 1.0, 10.0, 100.0, 1000.0], "batch_size": [64]}
     study = study_of(**axes, eta=[2.0**k for k in range(-34, 12)], depth=[2, 3])
     fig = PLOTS["heatmap_gamma"](study)
-    assert [ax.get_title() for ax, _ in maps(fig)] == ["depth=2", "depth=3"]
+    assert [ax.get_title().split(" ·")[0] for ax, _ in maps(fig)] == ["depth=2", "depth=3"]
     for (ax, _), powers in zip(maps(fig), ((2, 1), (2, 2 / 3)), strict=True):
         np.testing.assert_allclose(
             marks(ax, "o"), [(g, best_eta(64, g, depth=2 if powers[1] == 1 else 3)) for g in axes["richness"]]
         )
-        assert [text.get_text() for text in ax.get_legend().get_texts()] == [
-            "lazy: γ^2.000 (theory, dashed: 2)",
-            f"rich: γ^{powers[1]:.3f} (theory, dashed: {powers[1]:.3g})",
-        ]
+        for text, side, power in zip(ax.get_title().split(" ·\n")[1:], ("lazy", "rich"), powers, strict=True):
+            found = re.fullmatch(rf"{side}: γ\^(\S+)(?: ± \S+)?, theory (\S+)", text)
+            assert float(found[1]) == pytest.approx(power, abs=1e-2)
+            assert float(found[2]) == pytest.approx(power, abs=1e-3)
         fitted, theory = (
             next(line for line in ax.lines if line.get_linestyle() == style and len(line.get_xdata()) > 1)
             for style in ("-", "--")
@@ -243,25 +252,26 @@ def test_a_few_panels_are_chosen_evenly():
 def test_losscurves_at_equal_temperature():
     fig = PLOTS["losscurve_temp_samples"](study_of(**GRID))
     assert len(fig.axes) == 9
-    assert "9 of 13 panels" in fig.get_suptitle()
+    assert "9 of 11 panels" in fig.get_suptitle()
     (ax,) = (ax for ax in fig.axes if ax.get_title().startswith("η/B=2⁻⁹"))
     sizes = [size for size in GRID["batch_size"] if size / 2**9 in GRID["eta"]]
     curves = [line for line in ax.lines if len(line.get_xdata()) > 1]
     assert len(curves) == len(sizes) > 2
     for line, size in zip(curves, sizes, strict=True):
-        (steps, losses), updates = trial(size / 2**9, size)[1], updates_done(trial(0.1, 4)[1][0])
+        steps, losses = trial(size / 2**9, size)[1]
+        updates = updates_done(steps)
         np.testing.assert_allclose(line.get_xdata(), size * updates[updates > 0])
-        np.testing.assert_allclose(line.get_ydata(), losses[updates > 0])
+        np.testing.assert_allclose(line.get_ydata(), smooth(steps, losses, relative=0.2)[updates > 0])
 
 
-def test_losscurves_in_flow_time_have_the_coldest_beside_them():
+def test_losscurves_in_flow_time_have_the_largest_batch_size_beside_them():
     fig = PLOTS["losscurve_temp_eff_steps"](study_of(**GRID))
-    cold = [next(line for line in ax.lines if line.get_linestyle() == "--") for ax in fig.axes]
-    assert "lowest η/B: 2⁻¹⁷" in texts(fig)
-    steps, losses = trial(2.0**-9, 256)[1]
-    for line in cold:
-        np.testing.assert_allclose(line.get_xdata(), 2.0**-9 * updates_done(steps)[1:])
-        np.testing.assert_allclose(line.get_ydata(), losses[1:])
+    beside = [next(line for line in ax.lines if line.get_linestyle() == "--") for ax in fig.axes]
+    assert "B=256, η=0.25" in texts(fig)
+    steps, losses = trial(0.25, 256)[1]
+    for line in beside:
+        np.testing.assert_allclose(line.get_xdata(), 0.25 * updates_done(steps)[1:])
+        np.testing.assert_allclose(line.get_ydata(), smooth(steps, losses, relative=0.2)[1:])
 
 
 def test_losscurve_grid_ends_where_trials_diverge():
@@ -277,9 +287,11 @@ def test_losscurve_grid_ends_where_trials_diverge():
 def test_width_transfer_says_how_the_optimum_shifts():
     study = study_of(width=[32, 64, 128], eta=GRID["eta"], parameterization=["sp", "mup"], seed=[0, 1], batch_size=[64])
     fig = PLOTS["width_transfer"](study)
-    assert [ax.get_title() for ax in fig.axes] == [
-        f"parameterization={name}\nexponent of best η over N: {power}" for name, power in (("mup", "0.000"), ("sp", "-1.000"))
-    ]  # fmt: skip
+    for ax, name, power in zip(fig.axes, ("mup", "sp"), (0, -1), strict=True):
+        setting, fitted = ax.get_title().split(" ·\n")
+        assert setting == f"parameterization={name}"
+        assert fitted.startswith("exponent of best η over N: ")
+        assert float(fitted.split()[6]) == pytest.approx(power, abs=1e-3)
     for ax, parameterization in zip(fig.axes, ("mup", "sp"), strict=True):
         expected = [best_eta(64, width=width, parameterization=parameterization) for width in (32, 64, 128)]
         np.testing.assert_allclose(marks(ax, "*")[:, 0], expected)
@@ -354,7 +366,7 @@ def test_llc_is_beside_the_loss():
 def test_plots_are_drawn_by_name():
     study = study_of(**GRID)
     assert list(draw_plots(study, ["heatmap_temp", "llc", "heatmap_batch"])) == ["heatmap_temp", "heatmap_batch"]
-    with pytest.raises(InvalidInput, match="got 'heatmap_bach'.*Did you mean 'heatmap_batch'"):
+    with pytest.raises(InvalidInput, match=r"got 'heatmap_bach'.*Did you mean 'heatmap_batch'"):
         draw_plots(study, ["heatmap_bach"])
 
 

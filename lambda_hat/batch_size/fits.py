@@ -24,6 +24,9 @@ Curve = tuple[np.ndarray, np.ndarray]
 LAZY, RICH = 0.03, 10.0
 #: The share of samples above linear scaling that defines the critical batch size of Zhang et al. 2024, arXiv 2410.21676.
 EXCESS = 0.2
+#: Standard errors of an optimum in steps of its grid, the same for all seeds: of a parabola's minimum, by how much it moves on
+#: trained networks' curves, steep above the optimum, as the grid is shifted against them; and of a grid point.
+REFINED, UNREFINED = 0.15, 1 / math.sqrt(12)
 #: Points at which two loss curves are compared.
 COMPARED = 100
 
@@ -36,9 +39,9 @@ FLAGS: tuple[Flag, ...] = ("none", "edge", "divergence", "")
 class Optimum(NamedTuple):
     """The learning rate of the lowest loss.
 
-    log2_eta: mean over the seeds, NaN if none has a finite loss. error: standard error over the seeds, with step / sqrt(12)
-    in quadrature where a grid point could not be refined; NaN for one seed whose optimum is refined. loss: at the optimum, mean
-    over the seeds. flag: the worst of the seeds'. step: the grid's at the optimum, in log2 eta. per_seed: log2 eta, (seeds,).
+    log2_eta: mean over the seeds, NaN if none has a finite loss. error: the seeds' standard error and the grid's in quadrature;
+    the grid's alone for one seed. loss: at the optimum, mean over the seeds. flag: the worst of the seeds'. step: the grid's
+    at the optimum, in log2 eta. per_seed: log2 eta, (seeds,).
     """
 
     log2_eta: float
@@ -52,6 +55,11 @@ class Optimum(NamedTuple):
     def bracketed(self) -> bool:
         """Whether higher or diverged losses lie on both sides, so that the optimum is known to within a grid step."""
         return self.flag in ("", "divergence")
+
+    @property
+    def resolution(self) -> float:
+        """The grid's standard error, in log2 eta: `REFINED` or `UNREFINED` steps."""
+        return self.step * (UNREFINED if self.flag else REFINED)
 
 
 def optimum(etas: np.ndarray, losses: np.ndarray) -> Optimum:
@@ -69,11 +77,10 @@ def optimum(etas: np.ndarray, losses: np.ndarray) -> Optimum:
     if not known.size:
         return Optimum(math.nan, math.nan, math.nan, flag, math.nan, per_seed)
     place = float(known.mean())
-    step = _grid_step(x, place)
-    error = float(np.std(known, ddof=1)) / math.sqrt(len(known)) if len(known) > 1 else math.nan
-    if flag:
-        error = math.hypot(0.0 if math.isnan(error) else error, step / math.sqrt(12))
-    return Optimum(place, error, float(np.nanmean([loss for _, loss, _ in found])), flag, step, per_seed)
+    loss = float(np.nanmean([loss for _, loss, _ in found]))
+    best = Optimum(place, math.nan, loss, flag, _grid_step(x, place), per_seed)
+    scatter = float(np.std(known, ddof=1)) / math.sqrt(len(known)) if len(known) > 1 else 0.0
+    return best._replace(error=math.hypot(scatter, best.resolution))
 
 
 def _optimum_of_seed(x: np.ndarray, losses: np.ndarray) -> tuple[float, float, Flag]:
@@ -174,9 +181,9 @@ def power_slope(
 
 
 def _slope_of_optima(x: np.ndarray, optima: Sequence[Optimum]) -> Slope | None:
-    """The slope of log eta* over log x: of bracketed optima; those that are not refined stand for a whole grid step."""
+    """The slope of log eta* over log x, of bracketed optima."""
     counts = [len(found.per_seed) for found in optima]
-    resolution = [found.step / math.sqrt(12) * math.log(2) if found.flag else 0.0 for found in optima]
+    resolution = [found.resolution * math.log(2) for found in optima]
     return power_slope(
         np.repeat(x, counts),
         np.exp2(np.concatenate([found.per_seed for found in optima])) if len(optima) else np.array([]),

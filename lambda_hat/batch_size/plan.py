@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from lambda_hat.batch_size.artifacts import find_trial
 from lambda_hat.overrides import Assignment, parse_sweep
-from lambda_hat.plan import make_plan
+from lambda_hat.plan import check_own, make_plan
 from lambda_hat.run import RunSpec
 from lambda_hat.settings import Preset, Settings, StudyExperiment, explain, lookup, nearest
 from lambda_hat.spec import InvalidInput, Precision
@@ -71,6 +71,8 @@ def with_stored(settings: Settings, store: Store, overrides: Sequence[str]) -> S
     """
     names = (str(value) for a in parse_sweep(overrides).values() if a.path == ("target",) for value in a.values)
     stored = {name: _stored(store, name.removeprefix(PREFIX)) for name in names if name.startswith((PREFIX, "tgt_"))}
+    for spec in stored.values():
+        check_own(settings, spec)
     return _with_targets(settings, stored) if stored else settings
 
 

@@ -21,6 +21,8 @@ from lambda_hat.html import VERSIONS, page
 MAX_BEST, MAX_FITS, MAX_TRIALS = 10, 60, 500
 #: Values of a swept setting that are written out.
 MAX_VALUES = 12
+#: The setting of a fit to all trials.
+ALL = "all trials"
 #: What a trial ended with, in the order of the tables.
 RESULTS = (
     "final_loss", "test_loss", "train_accuracy", "test_accuracy", "llc", "sharpness", "hessian_trace", "gradient_noise_scale",
@@ -47,7 +49,7 @@ def study_report(study_id: str, name: str, study: Study, plots: Mapping[str, byt
     table = study.table
     varied = swept(table)
     constant = {key: values[0] for key in settings(table) if len(values := distinct(table[key])) == 1}
-    columns = [*varied, *(result for result in RESULTS if result in table and table[result].notna().any())]
+    columns = [*varied, *_known(table)]
     order = table.sort_values("final_loss", kind="stable").head(MAX_TRIALS)
     fits = list(_fits(study))
     return page(
@@ -77,14 +79,19 @@ def study_report(study_id: str, name: str, study: Study, plots: Mapping[str, byt
 def _best(table: pd.DataFrame, varied: list[str]) -> tuple[list[str], list[list[Any]]]:
     """Heading and rows of the settings of the lowest final loss; medians over the seeds, diverged trials being infinite."""
     names = [name for name in varied if name != "seed"]
-    results = [name for name in RESULTS if name in table and table[name].notna().any()]
+    results = _known(table)
     ranked = table.assign(final_loss=table["final_loss"].fillna(np.inf))
     by = ranked.groupby([comparable(ranked[name]) for name in names] or np.zeros(len(ranked)), dropna=False)
     medians = by[results].median().assign(lowest=by["final_loss"].min(), highest=by["final_loss"].max(), seeds=by.size())
     medians = medians[np.isfinite(medians["final_loss"])].sort_values("final_loss", kind="stable").head(MAX_BEST)
-    columns = [*results[:1], "lowest", "highest", "seeds", *results[1:]]
-    keys = [list(key) if names else [] for key in medians.index]
+    columns = [*results[:1], *(["lowest", "highest", "seeds"] if by.size().max() > 1 else []), *results[1:]]
+    keys = medians.index.to_frame().to_numpy(object).tolist() if names else [[]] * len(medians)
     return [*names, *columns], [[*key, *row] for key, row in zip(keys, medians[columns].to_numpy(object).tolist(), strict=True)]
+
+
+def _known(table: pd.DataFrame) -> list[str]:
+    """The results that some trial has; the final loss in any case."""
+    return [name for name in RESULTS if name == "final_loss" or (name in table and table[name].notna().any())]
 
 
 def _fits(study: Study) -> Iterator[Fit]:
@@ -105,21 +112,22 @@ def _fits(study: Study) -> Iterator[Fit]:
         if fit is None:
             continue
         noise = "–" if trade.noise_scale is None else f"gradient noise scale {trade.noise_scale:.3g}"
+        setting = trade.label or ALL
         note = f"to a loss of {target:.3g}"
         beyond = "" if fit.in_range else "; beyond the batch sizes tried"
-        yield Fit("critical batch size", trade.label, fit.batch_size, fit.batch_size_interval, noise, note + beyond)
-        yield Fit("fewest steps", trade.label, fit.min_steps, fit.min_steps_interval, "–", f"{note}, B → ∞")
-        yield Fit("fewest samples", trade.label, fit.min_samples, fit.min_samples_interval, "–", f"{note}, B → 0")
+        yield Fit("critical batch size", setting, fit.batch_size, fit.batch_size_interval, noise, note + beyond)
+        yield Fit("fewest steps", setting, fit.min_steps, fit.min_steps_interval, "–", f"{note}, B → ∞")
+        yield Fit("fewest samples", setting, fit.min_samples, fit.min_samples_interval, "–", f"{note}, B → 0")
         if fit.linear_limit is not None:
             excess = f"{note}, {EXCESS:.0%} more samples than at the smallest B"
-            yield Fit("end of linear scaling", trade.label, fit.linear_limit, None, "–", excess)
+            yield Fit("end of linear scaling", setting, fit.linear_limit, None, "–", excess)
 
 
 def _slope(quantity: str, group: Group, slope: Slope | None, expected: str) -> Iterator[Fit]:
     if slope is not None:
         interval = None if math.isnan(slope.low) else (slope.low, slope.high)
         left_out = f", without {_listed(slope.left_out)}" if slope.left_out else ""
-        yield Fit(quantity, group.label, slope.slope, interval, expected, f"of {slope.num_x} values{left_out}")
+        yield Fit(quantity, group.label or ALL, slope.slope, interval, expected, f"of {slope.num_x} values{left_out}")
 
 
 def _listed(values: Sequence[Any]) -> str:

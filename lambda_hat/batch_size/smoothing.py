@@ -2,7 +2,6 @@
 
 A point at step s is the mean loss of the minibatches of all steps since the point before, s'. Smoothing weighs it by their
 number s - s'. A diverged curve is NaN from its first number that is not finite on; what came before is never mixed with it.
-Windows are centred, and shrink towards the ends of a curve to stay so: evenly spaced points on a straight line are not changed.
 """
 
 from __future__ import annotations
@@ -10,9 +9,6 @@ from __future__ import annotations
 import numpy as np
 
 from lambda_hat.spec import InvalidInput
-
-#: Consecutive points whose numbers of steps differ by more than this factor belong to different schedules of recording.
-JUMP = 4.0
 
 
 def updates_done(steps: np.ndarray) -> np.ndarray:
@@ -29,54 +25,42 @@ def updates_done(steps: np.ndarray) -> np.ndarray:
 
 def moving_average(losses: np.ndarray, num_points: int) -> np.ndarray:
     """The mean of each point and its neighbours, at most `num_points` in all, each with the same weight; (P,)."""
-    if num_points < 1:
-        raise InvalidInput(f"A moving average is over at least 1 point; got num_points={num_points}. Give a positive number.")
-    losses = _until_divergence(losses)
-    where, half = np.arange(len(losses), dtype=np.float64), np.full(len(losses), (num_points - 1) / 2)
-    return _window_mean(where, losses, np.ones(len(losses)), half)
+    return smooth(np.arange(1, len(losses) + 1), losses, window=num_points)
 
 
 def smooth(steps: np.ndarray, losses: np.ndarray, window: float | None = None, relative: float | None = None) -> np.ndarray:
-    """The mean loss of the steps in a window around each point, never across a jump in the schedule of recording; (P,).
+    """The mean loss of the steps in a window around the middle of each point's own; (P,).
+
+    A point takes part if all its steps are in the window: where the schedule of recording jumps, from a point a step to one
+    every thousand, say, short windows before it do not reach across it. At a curve's ends and at such jumps a window's wider
+    side shrinks to the steps of its narrower one, since the mean over one side would be that of another time.
 
     Args:
-      steps, losses: a loss curve, see the module, each (P,). Where consecutive points stand for numbers of steps that differ
-        more than fourfold, the schedule jumps, and the parts on both sides are smoothed apart.
+      steps, losses: a loss curve, see the module, each (P,).
       window: width of the window in steps. relative: or: its width as a share of the steps done, the same everywhere on a
         logarithmic axis.
+
+    Raises:
+      InvalidInput: not exactly one width is given, or it is not positive.
     """
-    losses, counts = _until_divergence(losses), np.diff(np.asarray(steps, np.float64), prepend=0.0)
-    where = updates_done(steps)
-    if window is not None and relative is None:
-        half = np.full(len(where), window / 2)
-    elif relative is not None and window is None:
-        half = relative / 2 * where
-    else:
+    if (width := window if relative is None else relative if window is None else None) is None or width <= 0:
         raise InvalidInput(
-            f"A window has one width, in steps or relative to them; got window={window} and relative={relative}. Give one."
+            "A window has one positive width, in steps or relative to them; "
+            f"got window={window} and relative={relative}. Give one."
         )
-    growth = counts[1:] / counts[:-1]
-    borders = np.flatnonzero((growth > JUMP) | (growth < 1 / JUMP)) + 1
-    parts = [np.split(values, borders) for values in (where, losses, counts, half)]
-    return np.concatenate([_window_mean(*part) for part in zip(*parts, strict=True)])
-
-
-def _until_divergence(losses: np.ndarray) -> np.ndarray:
-    """The losses in float64, NaN from the first on that is not finite."""
     losses = np.asarray(losses, np.float64)
-    return np.where(np.logical_and.accumulate(np.isfinite(losses)), losses, np.nan)
-
-
-def _window_mean(where: np.ndarray, values: np.ndarray, weights: np.ndarray, half: np.ndarray) -> np.ndarray:
-    """Weighted means of the finite values within `half` of each place, or of less where the nearer end is; all (P,)."""
-    smoothed, kept = np.full(len(values), np.nan), int(np.isfinite(values).sum())
-    if not kept:
-        return smoothed
-    where, weights, half = where[:kept], weights[:kept], half[:kept]
-    half = np.minimum(half, np.minimum(where - where[0], where[-1] - where))
-    first = np.searchsorted(where, where - half, side="left")
-    end = np.searchsorted(where, where + half, side="right")
-    # Differences of cumulated sums lose digits where losses fall over many orders of magnitude; sums of slices do not.
-    for i, (a, b) in enumerate(zip(first, end, strict=True)):
-        smoothed[i] = np.average(values[a:b], weights=weights[a:b])
+    kept = int(np.logical_and.accumulate(np.isfinite(losses)).sum())
+    ends = np.asarray(steps, np.float64)[:kept]
+    starts = np.concatenate([[0.0], ends])[:kept]
+    middles = (starts + ends) / 2
+    half = width / 2 * (middles if window is None else np.ones(kept))
+    own = np.arange(kept)
+    for _ in range(2):  # as wide as it may be, then as the narrower side of that
+        first = np.minimum(np.searchsorted(starts, middles - half, side="left"), own)
+        after = np.maximum(np.searchsorted(ends, middles + half, side="right"), own + 1)
+        half = np.minimum(middles - starts[first], ends[after - 1] - middles)
+    smoothed = np.full(len(losses), np.nan)
+    # Differences of cumulated sums would lose digits where losses fall over many orders of magnitude.
+    for i, part in enumerate(map(slice, first, after)):
+        smoothed[i] = np.average(losses[part], weights=ends[part] - starts[part])
     return smoothed

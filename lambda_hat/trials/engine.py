@@ -35,8 +35,8 @@ from lambda_hat.trials.task import SyntheticTask, TaskData
 
 #: Samples of a block of steps whose first layer is updated together, at most; so many or one step.
 BLOCK_SAMPLES = 64
-#: Bytes of the weights that are trained together on a core of a CPU; more would not stay in its cache.
-CACHE_BYTES = 2**21
+#: Bytes of the weights that are trained together on a core of a CPU; many more would not stay in its caches.
+CACHE_BYTES = 2**22
 #: Indices of minibatches that a device call holds.
 MAX_INDICES = 2**20
 #: Samples that are evaluated at a time.
@@ -268,28 +268,32 @@ def _lanes(group: list[list[TrialSpec]]) -> _Lanes:
     dtype = np.dtype(spec.precision)
     numbers = np.asarray([[(trial.scale, *trial.rates) for trial in row] for row in group]).astype(dtype)
     initial = [to_weights(init_params((row[0].seed, 0), spec.widths, spec.precision)) for row in group]
-    return _Lanes(
-        jnp.asarray(numbers[..., 0]),
-        tuple(jnp.asarray(numbers[..., 1 + layer]) for layer in range(spec.depth)),
-        tuple(jnp.stack(weights)[:, None] for weights in zip(*initial, strict=True)),
+    lanes = _Lanes(
+        numbers[..., 0],
+        tuple(numbers[..., 1 + layer] for layer in range(spec.depth)),
+        tuple(np.stack(weights)[:, None] for weights in zip(*initial, strict=True)),
         np.asarray([row[0].seed for row in group], np.uint32),
     )
+    return jax.device_put(lanes)
 
 
 def _device_data(spec: TrialSpec, program: _Program, lanes: list[_Lanes], data: TaskData) -> list[_Data]:
-    dtype = np.dtype(spec.precision)
     if isinstance(spec.task, SyntheticTask) and spec.task.fresh:
-        nothing = np.zeros((0, 1), dtype)
-        teacher = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), spec.task.teacher())
+        nothing = np.zeros((0, 1), spec.precision)
+        teacher = jax.device_put(jax.tree.map(lambda leaf: leaf.astype(spec.precision), spec.task.teacher()))
         return [_Data(nothing, nothing, nothing, np.uint32(spec.task.seed), teacher)] * len(lanes)
-    x, y = jnp.asarray(_scaled(data.x)), jnp.asarray(data.y)
-    parts = range(0, len(x), EVALUATION_SIZE)
-    raw: dict[bytes, Any] = {}
+    x, datas = _scaled(data.x), []
+    on_device = jax.device_put(_Data(x, data.y, None, np.uint32(0), None))
+    raw: dict[tuple[int, ...], Any] = {}
     for own in lanes:
-        if own.seed.tobytes() not in raw:
-            of_parts = [program.raw(own.initial, x[i : i + EVALUATION_SIZE]) for i in parts]
-            raw[own.seed.tobytes()] = jnp.concatenate(of_parts, axis=1)
-    return [_Data(x, y, raw[own.seed.tobytes()], np.uint32(0), None) for own in lanes]
+        seeds = tuple(np.asarray(own.seed).tolist())
+        if seeds not in raw:
+            parts = [
+                np.asarray(program.raw(own.initial, x[i : i + EVALUATION_SIZE])) for i in range(0, len(x), EVALUATION_SIZE)
+            ]
+            raw[seeds] = jax.device_put(np.concatenate(parts, axis=1))
+        datas.append(on_device._replace(raw=raw[seeds]))
+    return datas
 
 
 def _scaled(x: np.ndarray) -> np.ndarray:
@@ -303,12 +307,13 @@ def _measure(
     """See `TrialResult.metrics`; arrays (seed, lane) or (seed, lane, layer)."""
 
     def sums(x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
-        size = min(len(x), EVALUATION_SIZE)
+        size = min(max(len(data.x), len(data.x_test)), EVALUATION_SIZE)
 
         def part(start: int) -> tuple:
             """A part of the samples, filled up to `size` with samples that do not count."""
             own = [np.pad(array[start : start + size], ((0, max(start + size - len(x), 0)), (0, 0))) for array in (x, y)]
-            return weights, lanes, _scaled(own[0]), own[1], (np.arange(start, start + size) < len(x)).astype(x.dtype)
+            counts = (np.arange(start, start + size) < len(x)).astype(x.dtype)
+            return weights, lanes, _scaled(own[0]), own[1], counts
 
         evaluate = program.evaluate.prepare(True, *part(0))
 

@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 Parameterization = Literal["sp", "mup"]
@@ -38,7 +37,7 @@ def init_params(seed: tuple[int, ...], widths: Sequence[int], precision: str) ->
 
 def to_weights(params: Mapping[str, Any]) -> list[Any]:
     """The layers' weights from the input on, each (out, in): the layout in which products over many networks are fast."""
-    return [jnp.swapaxes(params[f"layer_{layer}"]["w"], -1, -2) for layer in range(len(params))]
+    return [params[f"layer_{layer}"]["w"].swapaxes(-1, -2) for layer in range(len(params))]
 
 
 def upper_layers(weights: Sequence[jax.Array], z: jax.Array) -> list[jax.Array]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,6 +25,10 @@ T = TypeVar("T")
 #: Panels of a figure and lines of a panel that can still be told apart; of more, evenly spaced ones are shown.
 MAX_PANELS, MAX_LINES = 9, 7
 MAX_COLUMNS = 3
+#: Letters in a line of a panel's title.
+TITLE_WIDTH = 46
+#: A space at which no line is broken.
+HARD = "\N{NO-BREAK SPACE}"
 #: Labelled values on an axis.
 MAX_TICKS = 8
 
@@ -142,7 +147,9 @@ def panels(
     fig = Picture(figsize=(min(max(7.0, 3.7 * columns), 12.0), 0.8 + height * rows), layout="constrained")
     axes = fig.subplots(rows, columns, squeeze=False, **subplots).ravel()
     for ax in axes[count:]:
-        ax.set_axis_off()
+        ax.remove()
+    for ax in axes[:count]:
+        ax.tick_params(which="both", labelsize=9)
     left_out = f" · {count} of {found} panels" if found > count else ""
     title = f"{title} · {seeds_text(table)}{left_out}\n{identity(table)}"
     fig.suptitle(title, x=0.01, ha="left", fontsize=10)
@@ -183,6 +190,12 @@ def loss_axis(axes: Sequence[Axes], losses: np.ndarray) -> None:
         ax.set(yscale="log", ylim=(10 ** (low - margin), 10 ** (high + margin)))
 
 
+def title(ax: Axes, *parts: str) -> None:
+    """A panel's title, in lines that fit it, broken between parts."""
+    text = " · ".join(filter(None, parts)).replace(" ", HARD).replace(f"{HARD}·{HARD}", f"{HARD}· ")
+    ax.set_title(textwrap.fill(text, TITLE_WIDTH, break_on_hyphens=False).replace(HARD, " "), fontsize=9)
+
+
 def sequential(count: int) -> list[Any]:
     """Colours of lines that have an order, told apart by all kinds of sight; the palest, too pale for a line, left out."""
     return [colormaps["viridis"](place) for place in np.linspace(0, 0.88, count)]
@@ -190,7 +203,18 @@ def sequential(count: int) -> list[Any]:
 
 def identity(table: pd.DataFrame) -> str:
     """What all trials have in common, for a corner of the figure."""
-    names = ("task.dataset", "task.kind", "optimizer", "parameterization", "depth", "width", "richness", "batch_size", "eta")
+    names = (
+        "task.dataset",
+        "task.kind",
+        "optimizer",
+        "parameterization",
+        "depth",
+        "width",
+        "richness",
+        "batch_size",
+        "eta",
+        "num_steps",
+    )
     same = {name: distinct(table[name])[0] for name in names if name in table and len(distinct(table[name])) == 1}
     if "task.dataset" in same:
         same.pop("task.kind", None)
@@ -199,25 +223,28 @@ def identity(table: pd.DataFrame) -> str:
 
 
 def number(value: Any) -> str:
-    """A setting as text; powers of two below a quarter as such."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    """A setting as text; small powers of two, and small or large ones of ten, as such."""
+    if not isinstance(value, float):
         return str(value)
-    if value != value:
-        return "none"
-    return _power(value) if 0 < value < 0.25 and _is_power(value) else f"{value:.4g}"
+    if not value > 0:
+        return "none" if value != value else f"{value:g}"
+    if value < 0.25 and _is_power_of_two(value):
+        return _power(2, math.log2(value))
+    ten = round(math.log10(value))
+    return _power(10, ten) if abs(ten) > 3 and value == float(f"1e{ten}") else f"{value:.4g}"
 
 
-def _is_power(value: float) -> bool:
+def _is_power_of_two(value: float) -> bool:
     return math.frexp(value)[0] == 0.5
 
 
-def _power(value: float) -> str:
-    return "2" + f"{math.log2(value):.0f}".translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+def _power(base: int, exponent: float) -> str:
+    return f"{base}" + f"{exponent:.0f}".translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def slope_text(slope: Slope) -> str:
     """An exponent and its standard error, to a thousandth."""
-    return with_error(slope.slope, slope.error) if slope.error >= 1e-3 else f"{slope.slope:.3f}"
+    return with_error(slope.slope, slope.error) if slope.error >= 1e-3 else f"{slope.slope:z.3f}"
 
 
 def log_axis(ax: Axes, which: str, values: Iterable[float]) -> None:
@@ -225,9 +252,13 @@ def log_axis(ax: Axes, which: str, values: Iterable[float]) -> None:
     values = sorted(set(values))
     axis = ax.xaxis if which == "x" else ax.yaxis
     ax.set(**{f"{which}scale": "log"})
-    ticks = values[:: -(-len(values) // MAX_TICKS)]
-    powers = all(map(_is_power, values)) and values[-1] / values[0] > 64
-    axis.set_ticks(ticks, [_power(value) if powers else f"{value:.3g}" for value in ticks], fontsize=8)
+    apart = (values[-1] / values[0]) ** (1 / MAX_TICKS)
+    ticks = values[:1]
+    for value in values[1:]:
+        if value >= 0.999 * ticks[-1] * apart:
+            ticks.append(value)
+    powers = all(map(_is_power_of_two, values)) and values[-1] / values[0] > 64
+    axis.set_ticks(ticks, [_power(2, math.log2(value)) if powers else number(value) for value in ticks], fontsize=9)
     axis.set_minor_locator(NullLocator())
 
 

@@ -27,6 +27,7 @@ from lambda_hat.batch_size.plots.common import (
     sequential,
     shown,
     temperature,
+    title,
 )
 from lambda_hat.batch_size.smoothing import smooth, updates_done
 from lambda_hat.batch_size.study import Study
@@ -41,20 +42,22 @@ def plot_losscurve_temp_samples(study: Study) -> Figure | None:
 
 def plot_losscurve_temp_eff_steps(study: Study) -> Figure | None:
     """Loss against eta × step, the time of gradient flow, a panel for each temperature and a line for each batch size; dashed
-    in every panel the lowest temperature. None where no temperature has two batch sizes."""
+    in every panel the largest batch size at its best learning rate. None where no temperature has two batch sizes."""
     return _by_temperature(study, "gradient-flow time η × step", "eta", reference=True)
 
 
 def plot_losscurve_grid(study: Study) -> Figure | None:
     """Loss against steps, a panel for each setting and a line for each learning rate; None without a curve."""
     found = groups(study.table, "eta", least=1)
+    if not found:
+        return None
     chosen = shown(found)
-    fig, axes = panels("training loss", study.table, len(chosen), len(found), columns_of(chosen), sharey=True)
+    fig, axes = panels("smoothed training loss", study.table, len(chosen), len(found), columns_of(chosen), sharey=True)
     lines = {eta: study.table["eta"] == eta for eta in evenly(sorted(set(study.table["eta"])), MAX_LINES)}
     for ax, group in zip(axes, chosen, strict=True):
         for (eta, of), color in zip(lines.items(), sequential(len(lines)), strict=True):
             _draw(ax, study, group.table[of.loc[group.table.index]], 1.0, color=color, label=f"η={number(eta)}")
-        ax.set_title(group.label, fontsize=9)
+        title(ax, group.label)
     return _finish(fig, axes, "step", loss_label(study.table))
 
 
@@ -70,22 +73,22 @@ def _by_temperature(study: Study, xlabel: str, clock: str, reference: bool) -> F
     if not several:
         return None
     chosen = evenly(several, MAX_PANELS)
-    title = " · ".join(["training loss at equal η/B", *([group.label] if group.label else [])])
-    fig, axes = panels(title, study.table, len(chosen), len(several), sharex=True, sharey=True)
+    heading = " · ".join(filter(None, ("smoothed training loss at equal η/B", group.label)))
+    fig, axes = panels(heading, study.table, len(chosen), len(several), sharex=True, sharey=True)
     shown_sizes = evenly(sorted(set(table["batch_size"][temperatures.isin(chosen)])), MAX_LINES)
-    coldest = table[temperatures == temperatures.min()]
-    coldest = coldest[coldest["batch_size"] == coldest["batch_size"].max()]
+    largest = table[table["batch_size"] == table["batch_size"].max()]
     for size, color in zip(shown_sizes, sequential(len(shown_sizes)), strict=True):
         axes[0].plot([], [], color=color, label=f"B={size}")  # the legend's order
     for ax, value in zip(axes, chosen, strict=True):
-        if reference:
-            name = f"lowest η/B: {number(coldest['temperature'].iloc[0])}"
-            _draw(ax, study, coldest, coldest[clock].iloc[0], color=EXACT, linestyle="--", label=name)
+        if reference and largest["final_loss"].notna().any():
+            best = largest[largest["eta"] == largest.groupby("eta")["final_loss"].median().idxmin()]
+            name = f"B={best['batch_size'].iloc[0]}, η={number(best['eta'].iloc[0])}"
+            _draw(ax, study, best, best[clock].iloc[0], color=EXACT, linestyle="--", label=name)
         for size, color in zip(shown_sizes, sequential(len(shown_sizes)), strict=True):
             rows = table[(temperatures == value) & (table["batch_size"] == size)]
             if len(rows):
                 _draw(ax, study, rows, rows[clock].iloc[0], color=color)
-        ax.set_title(f"η/B={number(value)}{_parting(study, table[temperatures == value])}", fontsize=9)
+        title(ax, f"η/B={number(value)}", _parting(study, table[temperatures == value]))
     return _finish(fig, axes, xlabel, loss_label(table))
 
 
@@ -97,16 +100,16 @@ def _parting(study: Study, trials: pd.DataFrame) -> str:
         for steps, losses in [study.curves[name]]
     ]  # fmt: skip
     found = collapse(curves)
-    return "" if found is None or found.breaks_at is None else f", one curve up to B≈{found.breaks_at:.2g}"
+    return "" if found is None or found.breaks_at is None else f"one curve up to B≈{found.breaks_at:.2g}"
 
 
 def _draw(ax: Axes, study: Study, trials: pd.DataFrame, per_step: float, **style: Any) -> None:
-    """The median over seeds and their range; a cross where it ends because trials diverged."""
+    """The smoothed losses' median over seeds and their range; a cross where it ends because trials diverged."""
     curves = [study.curves[name] for name in trials["trial_id"] if name in study.curves]
     if not curves:
         return
     steps = curves[0][0]
-    losses = np.array([of for at, of in curves if np.array_equal(at, steps)], np.float64)
+    losses = np.array([smooth(steps, of, relative=WINDOW) for at, of in curves if np.array_equal(at, steps)])
     losses = np.where(np.isfinite(losses) & (losses > 0), losses, np.inf)
     middle = np.median(losses, axis=0)
     updates = updates_done(steps)

@@ -13,7 +13,7 @@ from matplotlib.collections import PatchCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Patch, Polygon
 
 from lambda_hat.batch_size.fits import LAZY, RICH, richness_slopes
 from lambda_hat.batch_size.plots.common import (
@@ -29,7 +29,7 @@ from lambda_hat.batch_size.plots.common import (
     panels,
     shown,
     slope_text,
-    temperature,
+    title,
 )
 from lambda_hat.batch_size.study import Study
 from lambda_hat.plots.style import COLORS, EXACT
@@ -41,78 +41,84 @@ DIVERGED: dict[str, Any] = {"facecolor": "#E0E0E0", "edgecolor": "#8A8A8A", "hat
 #: In legends.
 BEST: dict[str, Any] = {"marker": "o", "color": "black", "markerfacecolor": "white", "markersize": 5, "linestyle": "none"}
 AT_END: dict[str, Any] = {"marker": "X", "color": "white", "markerfacecolor": "black", "markersize": 6, "linestyle": "none"}
+FITTED: dict[str, Any] = {"color": COLORS[1], "linewidth": 2.5}
+THEORY: dict[str, Any] = {"color": "black", "linewidth": 1.2, "linestyle": "--"}
+SLOPES = (Line2D([], [], **FITTED, label="fitted power"), Line2D([], [], **THEORY, label="theory"))
 MARKS = (
     Line2D([], [], **BEST, label="best η"),
     Line2D([], [], **AT_END, label="at an end of the η tried"),
     Patch(**DIVERGED, label="diverged"),
 )
-NAMES = {"batch_size": "batch size", "temperature": "temperature", "richness": "richness"}
 
 
 def plot_heatmap_batch(study: Study) -> Figure | None:
     """log10 of the final loss over batch size and learning rate, with the best learning rate of each batch size; a panel for
     each other setting. None for fewer than two values of either."""
-    return _loss_maps(study.table, "batch_size", "batch_size")
+    return _loss_maps(study, "batch_size", "batch size")
 
 
 def plot_heatmap_temp(study: Study) -> Figure | None:
-    """log10 of the final loss over temperature eta/B and learning rate: columns of one colour where the temperature alone
-    matters. With the best learning rate of each batch size. None for fewer than two batch sizes or learning rates."""
-    return _loss_maps(study.table.assign(temperature=temperature(study.table)), "temperature", "batch_size")
+    """log10 of the final loss over temperature eta/B and learning rate, with the best learning rate of each batch size: columns
+    of one colour where the temperature alone matters. None for fewer than two batch sizes or learning rates."""
+    return _loss_maps(study, "batch_size", "temperature", over_temperature=True)
 
 
 def plot_heatmap_gamma(study: Study) -> Figure | None:
     """log10 of the final loss over richness and learning rate, with the best learning rate of each richness, its fitted powers
     of the richness, and dashed the theory's. None for fewer than two values of either."""
-    return _loss_maps(study.table, "richness", "richness")
+    return _loss_maps(study, "richness", "richness")
 
 
-def _loss_maps(table: pd.DataFrame, x: str, by: str) -> Figure | None:
-    found = groups(table, by, "eta")
+def _loss_maps(study: Study, by: str, name: str, over_temperature: bool = False) -> Figure | None:
+    found = groups(study.table, by, "eta")
     if not found:
         return None
     chosen = shown(found)
-    fig, axes = panels(f"final loss over {NAMES[x]} and learning rate", table, len(chosen), len(found), columns_of(chosen))
-    maps = [over_seeds(group.table, x, "eta") for group in chosen]
+    heading = f"final loss over {name} and learning rate"
+    fig, axes = panels(heading, study.table, len(chosen), len(found), columns_of(chosen))
+    maps = [over_seeds(group.table, by, "eta") for group in chosen]
     values = [log10(cells["median"]) for cells in maps]
-    low, high = fence(np.concatenate(values))
+    norm = _loss_norm(study, np.concatenate(values))
+    lines: tuple[Line2D, ...] = ()
     for ax, group, cells, of in zip(axes, chosen, maps, values, strict=True):
-        drawn = heatmap(ax, cells, x, of, Normalize(low, high))
-        _ridge(ax, group.table, by, x)
-        if x == "richness":
-            _slopes(ax, group.table)
-        ax.set_title(group.label, fontsize=9)
-    color_bar(fig, drawn, axes, np.concatenate(values), f"log₁₀ {loss_label(table)}")
-    finish(fig, axes, LABELS[x], LABELS["eta"], MARKS)
+        drawn = heatmap(ax, cells, by, of, norm, over_temperature=over_temperature)
+        for value, best in optima(group.table, by).items():
+            eta = 2.0**best.log2_eta
+            x = eta / value if over_temperature else value
+            ax.plot(x, eta, zorder=3, **(AT_END if best.flag == "edge" else BEST))
+        texts = _slopes(ax, group.table) if by == "richness" else []
+        title(ax, group.label, *texts)
+        lines = SLOPES if texts else lines
+    color_bar(fig, drawn, axes, np.concatenate(values), f"log₁₀ {loss_label(study.table)}")
+    finish(fig, axes, LABELS["temperature" if over_temperature else by], LABELS["eta"], (*MARKS, *lines))
     return fig
 
 
-def _ridge(ax: Axes, table: pd.DataFrame, by: str, x: str) -> None:
-    """The best learning rate of each value of `by`, a cross where it is at an end of those tried."""
-    for value, best in optima(table, by).items():
-        eta = 2.0**best.log2_eta
-        place = eta / value if x == "temperature" else value
-        ax.plot(place, eta, zorder=3, **(AT_END if best.flag == "edge" else BEST))
+def _loss_norm(study: Study, values: np.ndarray) -> Normalize:
+    """Colours for log10 of losses: up to the loss at the start, where it is known, and no outliers."""
+    low, high = fence(values)
+    starts = [losses[0] for _, losses in study.curves.values() if len(losses) and losses[0] > 0]
+    if starts:
+        high = min(high, float(np.log10(np.median(starts))))
+    return Normalize(low, max(low + 0.01, high))
 
 
-def _slopes(ax: Axes, table: pd.DataFrame) -> None:
-    """Fitted powers of the richness, and dashed through their middles the theory's; of raw learning rates alone, as others
-    are scaled with the richness already."""
+def _slopes(ax: Axes, table: pd.DataFrame) -> list[str]:
+    """Lines of fitted powers of the richness, and dashed through their middles the theory's; both as text. Of raw learning rates
+    alone, as others are scaled with the richness already."""
     if set(table["rate_rule"]) != {"raw"}:
-        return
+        return []
     found = richness_slopes(table)
-    sides = [("lazy", found.lazy, found.richness <= LAZY), ("rich", found.rich, found.richness >= RICH)]
-    names = {}
-    for (name, slope, side), theory, color in zip(sides, found.theory, (COLORS[1], COLORS[3]), strict=True):
-        if slope is None:
-            continue
-        x = found.richness[side]
-        middle = float(np.exp(np.log(x).mean()))
-        (line,) = ax.plot(x, np.exp(slope.intercept) * x**slope.slope, color=color, linewidth=2.5)
-        ax.plot(x, np.exp(slope.intercept) * middle**slope.slope * (x / middle) ** theory, "--", color="black", linewidth=1.2)
-        names[line] = f"{name}: γ^{slope_text(slope)} (theory, dashed: {theory:.3g})"
-    if names:
-        ax.legend(names.keys(), names.values(), loc="lower right", fontsize=7)
+    sides = (("lazy", found.lazy, found.richness <= LAZY), ("rich", found.rich, found.richness >= RICH))
+    texts = []
+    for (name, slope, side), theory in zip(sides, found.theory, strict=True):
+        if slope is not None:
+            x = np.setdiff1d(found.richness[side], slope.left_out)
+            middle = float(np.exp(np.log(x).mean()))
+            ax.plot(x, np.exp(slope.intercept) * x**slope.slope, **FITTED)
+            ax.plot(x, np.exp(slope.intercept) * middle**slope.slope * (x / middle) ** theory, **THEORY)
+            texts.append(f"{name}: γ^{slope_text(slope)}, theory {theory:.3g}")
+    return texts
 
 
 def log10(loss: pd.Series) -> np.ndarray:
@@ -122,23 +128,34 @@ def log10(loss: pd.Series) -> np.ndarray:
 
 
 def heatmap(
-    ax: Axes, cells: pd.DataFrame, x: str, values: np.ndarray, norm: Normalize, cmap: str = "viridis"
+    ax: Axes,
+    cells: pd.DataFrame,
+    by: str,
+    values: np.ndarray,
+    norm: Normalize,
+    cmap: str = "viridis",
+    over_temperature: bool = False,
 ) -> ScalarMappable:
-    """The values over a column and eta, on logarithmic axes; hatched where infinite; as points where the cells are no grid."""
-    log_axis(ax, "x", cells[x])
+    """The values over a column, or eta divided by it, and eta, on logarithmic axes; hatched where infinite; as points where the
+    cells are no grid."""
+    x = cells["eta"] / cells[by] if over_temperature else cells[by]
+    log_axis(ax, "x", x)
     log_axis(ax, "y", cells["eta"])
-    xs, columns = np.unique(cells[x], return_inverse=True)
-    ys, rows = np.unique(cells["eta"], return_inverse=True)
+    columns, column = np.unique(cells[by], return_inverse=True)
+    rows, row = np.unique(cells["eta"], return_inverse=True)
     finite = np.isfinite(values)
-    if len(values) < FILLED * len(xs) * len(ys):
-        ax.scatter(xs[columns[~finite]], ys[rows[~finite]], marker="x", color=DIVERGED["edgecolor"], s=20)
-        at = (xs[columns[finite]], ys[rows[finite]])
+    if len(values) < FILLED * len(columns) * len(rows):
+        ax.scatter(x[~finite], cells["eta"][~finite], marker="x", color=DIVERGED["edgecolor"], s=20)
+        at = (x[finite], cells["eta"][finite])
         return ax.scatter(*at, c=values[finite], norm=norm, cmap=cmap, s=30, edgecolors=EXACT, linewidths=0.4)
-    grid = np.full((len(ys), len(xs)), np.nan)
-    grid[rows, columns] = np.where(finite, values, np.nan)
-    across, up = _edges(xs), _edges(ys)
-    lost = [Rectangle((across[j], up[i]), across[j + 1] - across[j], up[i + 1] - up[i])
-            for i, j in zip(rows[~finite], columns[~finite], strict=True)]  # fmt: skip
+    grid = np.full((len(rows), len(columns)), np.nan)
+    grid[row, column] = np.where(finite, values, np.nan)
+    across, up = np.meshgrid(_edges(columns), _edges(rows))
+    # Over the temperature cells are slanted, and leave no gaps whatever the steps of both.
+    across = up / across if over_temperature else across
+    corners = np.stack([across, up], axis=-1)
+    lost = [Polygon([corners[i, j], corners[i, j + 1], corners[i + 1, j + 1], corners[i + 1, j]])
+            for i, j in zip(row[~finite], column[~finite], strict=True)]  # fmt: skip
     ax.add_collection(PatchCollection(lost, **DIVERGED))
     return ax.pcolormesh(across, up, np.ma.masked_invalid(grid), norm=norm, cmap=cmap)
 

@@ -23,6 +23,7 @@ from lambda_hat.batch_size.plots.common import (
     panels,
     sequential,
     shown,
+    title,
 )
 from lambda_hat.batch_size.plots.maps import DIVERGED, color_bar, heatmap, log10
 from lambda_hat.batch_size.study import Study
@@ -45,7 +46,7 @@ def plot_sharpness(study: Study) -> Figure | None:
     fig, axes = panels("sharpness: largest Hessian eigenvalue", study.table, 2 * len(chosen), 2 * len(found), columns=2)
     for group, left, right in zip(chosen, axes[::2], axes[1::2], strict=True):
         _map(fig, left, group, "sharpness")
-        left.set_title(group.label, fontsize=9)
+        title(left, group.label)
         _against_rate(right, group.table[group.table["sharpness"] > 0])
     finish(fig, axes, LABELS["batch_size"], LABELS["eta"], [Patch(**DIVERGED, label="diverged")])
     for ax in axes[1::2]:
@@ -84,7 +85,7 @@ def plot_llc(study: Study) -> Figure | None:
     for group, left, right in zip(chosen, axes[::2], axes[1::2], strict=True):
         for ax, name in ((left, "final_loss"), (right, "llc")):
             _map(fig, ax, group, name)
-            ax.set_title(" · ".join(filter(None, ("final loss" if ax is left else "llc", group.label))), fontsize=9)
+            title(ax, "final loss" if ax is left else "llc", group.label)
     finish(fig, axes, LABELS["batch_size"], LABELS["eta"], [Patch(**DIVERGED, label="diverged")])
     return fig
 

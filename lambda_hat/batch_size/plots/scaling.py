@@ -37,6 +37,7 @@ from lambda_hat.batch_size.plots.common import (
     sequential,
     shown,
     slope_text,
+    title,
 )
 from lambda_hat.batch_size.smoothing import smooth
 from lambda_hat.batch_size.study import Study
@@ -85,8 +86,7 @@ def plot_width_transfer(study: Study) -> Figure | None:
                 face = "white" if best[width].flag == "edge" else shade
                 ax.plot(2.0 ** best[width].log2_eta, best[width].loss, "*", color=shade, markerfacecolor=face, markersize=12)
         slope = width_transfer(group.table).slope
-        power = [] if slope is None else [f"exponent of best η over N: {slope_text(slope)}"]
-        ax.set_title("\n".join([*([group.label] if group.label else []), *power]), fontsize=9)
+        title(ax, group.label, "" if slope is None else f"exponent of best η over N: {slope_text(slope)}")
     loss_axis(axes, np.concatenate(drawn))
     star = Line2D(
         [], [], marker="*", linestyle="none", color=EXACT, markersize=10, label="best η (hollow: at an end of the η tried)"
@@ -124,9 +124,7 @@ def plot_coordinate_check(study: Study) -> Figure | None:
             text = f"layer {index + 1}" + ("" if slope is None else f": slope {slope_text(slope)}")
             marker = MARKERS[index % len(MARKERS)]
             ax.errorbar(cells["width"], cells["median"], errors, color=color(index), marker=marker, capsize=2, label=text)
-        ax.set_title(
-            " · ".join([*([group.label] if group.label else []), f"η={number(group.table['eta'].iloc[0])}"]), fontsize=9
-        )
+        title(ax, group.label, f"η={number(group.table['eta'].iloc[0])}")
         ax.legend(fontsize=7, framealpha=0.8)
     # A decade at least, on which what does not change looks so.
     low, high = min(drawn), max(drawn)
@@ -163,14 +161,13 @@ def plot_steps_to_target(study: Study) -> Figure | None:
 
 def trades(study: Study) -> tuple[float, list[Trade]]:
     """The target loss of `plot_steps_to_target`, and what it takes in each setting in which three batch sizes reach it."""
-    curves = {name: (steps, smooth(steps, losses, relative=WINDOW)) for name, (steps, losses) in study.curves.items()}
-    ends = study.table.assign(end=[curves[name][1][-1] if name in curves else math.nan for name in study.table["trial_id"]])
-    found = groups(ends, "batch_size", "eta", least=1)
-    best = [group.table.groupby(["batch_size", "seed"])["end"].min().groupby("batch_size").median().dropna() for group in found]
-    target = max((float(of.quantile(REACHING, "higher")) for of in best if len(of) >= MIN_SIZES), default=math.nan)
+    found = groups(study.table, "batch_size", "eta", least=1)
+    best = [group.table.groupby(["batch_size", "seed"])["final_loss"].min().groupby("batch_size").median() for group in found]
+    known = [of.dropna() for of in best if of.notna().sum() >= MIN_SIZES]
+    target = max((float(of.quantile(REACHING, "higher")) for of in known), default=math.nan)
     needed = []
     for group in found:
-        table = _fewest(group.table, curves, target)
+        table = _fewest(group.table, study.curves, target)
         if table["batch_size"].nunique() >= MIN_SIZES:
             fit = critical_batch_size(table["batch_size"].to_numpy(), table["steps"].to_numpy())
             noise = table["gradient_noise_scale"] if "gradient_noise_scale" in table else pd.Series(dtype=float)
@@ -180,13 +177,18 @@ def trades(study: Study) -> tuple[float, list[Trade]]:
 
 
 def _fewest(table: pd.DataFrame, curves: dict[str, Curve], target: float) -> pd.DataFrame:
-    """Of each batch size and seed the trial that needs the fewest `steps`, and whether its learning rate is `at_end` of those
-    tried."""
-    steps = [steps_to_target(curves[name], target) if name in curves else None for name in table["trial_id"]]
+    """Of each batch size and seed the trial that needs the fewest `steps`, and whether its learning rate is `at_end`."""
     rates = table.groupby("batch_size")["eta"]
-    at_end = (table["eta"] == rates.transform("min")) | (table["eta"] == rates.transform("max"))
-    timed = table.assign(steps=np.array(steps, np.float64), at_end=at_end)
-    timed = timed[(timed["steps"] > 0) & timed["final_loss"].notna()]
+    timed = table.assign(at_end=(table["eta"] == rates.transform("min")) | (table["eta"] == rates.transform("max")))
+    # Of trials that are below the target in the end: a noisy curve dips below losses that the trial has not reached.
+    timed = timed[(timed["final_loss"] <= target) & timed["trial_id"].isin(curves)]
+    steps = []
+    for name, num_steps in zip(timed["trial_id"], timed["num_steps"], strict=True):
+        at, losses = curves[name]
+        taken = steps_to_target((at, smooth(at, losses, relative=WINDOW)), target)
+        steps.append(num_steps if taken is None else taken)
+    timed = timed.assign(steps=np.array(steps, np.float64))
+    timed = timed[timed["steps"] > 0]
     return timed.loc[timed.groupby(["batch_size", "seed"])["steps"].idxmin()]
 
 

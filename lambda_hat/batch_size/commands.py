@@ -1,0 +1,186 @@
+"""`lambda-hat study` and `lambda-hat data`: studies in the store, looked at again without training anything."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lambda_hat.manifest import Address, study_address
+from lambda_hat.settings import nearest
+from lambda_hat.spec import InvalidInput
+from lambda_hat.store import Store
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from lambda_hat.batch_size.study import Study
+
+
+def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Adds them to the parser's commands; each sets `run`, (store, options) -> exit status."""
+    study = commands.add_parser(
+        "study", parents=[common], help="batch-size studies: their table, chosen plots, a report of chosen trials",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Batch-size studies: their table, chosen plots, a report of chosen trials.\n\n"
+        "The trials of several studies are joined. Conditions choose among them: COLUMN=VALUE,VALUE, COLUMN<VALUE, <=, >, >=.",
+        epilog="\n  ".join([
+            "examples:",
+            "lambda-hat study",
+            "lambda-hat study latest --where batch_size=16,64 'eta>=0.1' --format csv --output trials.csv",
+            "lambda-hat study digits-mup digits-sp --report both.html --plot heatmap_batch width_transfer",
+            "lambda-hat study all --where richness=1 --plot losscurve_grid --to figures",
+        ]),
+    )  # fmt: skip
+    study.add_argument(
+        "studies", nargs="*", default=["latest"], metavar="STUDY",
+        help='ids or their beginnings, names of experiments (the latest of each), "latest" (default) or "all"',
+    )  # fmt: skip
+    study.add_argument("--where", metavar="CONDITION", nargs="+", default=[], help="only trials with these, e.g. eta>=0.1")
+    study.add_argument("--format", choices=["table", "csv", "json", "parquet"], default="table", help="default: table")
+    study.add_argument("--output", metavar="FILE", help="write the table to a file (needed for parquet)")
+    study.add_argument("--plot", metavar="NAME", nargs="+", default=[], help="only these plots (default: all that apply)")
+    study.add_argument("--to", metavar="DIR", help="draw the plots into a folder, made if need be, instead of the table")
+    study.add_argument("--report", metavar="FILE", help="write the report, one HTML file, instead of the table")
+    study.set_defaults(run=_study)
+
+    data = commands.add_parser("data", help="prepare data sets that are not installed with a package")
+    process = data.add_subparsers(required=True, metavar="COMMAND").add_parser(
+        "process-mnist1m", parents=[common], help="MNIST-1M: ten zip files to one .npz",
+        description="Reads the zip files of MNIST-1M and writes one .npz; docs/batch-size.md says what they must hold.",
+    )  # fmt: skip
+    process.add_argument("zips", nargs="+", type=Path, metavar="ZIP", help="the zip files, in order")
+    process.add_argument("--output", type=Path, default=Path("mnist1m.npz"), metavar="FILE", help="default: mnist1m.npz")
+    process.set_defaults(run=_process_mnist1m)
+
+
+def find_studies(store: Store, texts: list[str]) -> list[Address]:
+    """The studies of these ids, beginnings of ids or names; "latest" is the latest, "all" every one.
+
+    Raises:
+      InvalidInput: one is none of these, or there is no study.
+    """
+    catalogue = store.catalogue("study")
+    if not len(catalogue):
+        raise InvalidInput(f"There must be a study; there is none in {store.uri}. python flows/batch_size.py makes one.")
+    found: dict[Address, None] = {}
+    for text in texts:
+        named = catalogue["id"][catalogue["spec.name"] == text]
+        if text == "all":
+            found |= dict.fromkeys(map(study_address, catalogue["id"]))
+        elif text == "latest" or len(named):
+            found[study_address((catalogue["id"] if text == "latest" else named).iloc[-1])] = None
+        else:
+            if not text.startswith("sty_"):
+                names = {*catalogue["spec.name"], "latest", "all"}
+                raise InvalidInput(f"A study is named by its experiment or its id, sty_...; got {text!r}. {nearest(text, names)}")
+            found[store.find(text)] = None
+    return list(found)
+
+
+def _study(store: Store, options: argparse.Namespace) -> int:
+    from lambda_hat.batch_size.study import where
+
+    if options.format == "parquet" and options.output is None:
+        raise InvalidInput("Parquet is binary and needs --output FILE; got none. Add --output trials.parquet.")
+    addresses = find_studies(store, options.studies)
+    study = where(_joined(store, addresses), options.where)
+    if not len(study.table):
+        raise InvalidInput(f"There must be a trial; none fits {' '.join(options.where)}. Without --where all are shown.")
+    try:
+        if options.to is not None:
+            return _plots(study, options)
+        if options.report is not None:
+            return _report(study, addresses, options)
+        return _table(study, options)
+    except BrokenPipeError:  # the reader of the table has seen enough
+        raise
+    except OSError as error:
+        raise InvalidInput(f"Files must be written where there is permission and room; {error}. Name another place.") from None
+
+
+def _joined(store: Store, addresses: list[Address]) -> Study:
+    """The trials of all these studies, each once; what a later study measured of one wins."""
+    import pandas as pd
+
+    from lambda_hat.arrays import unflatten, unpack_arrays
+    from lambda_hat.batch_size.study import Study
+
+    tables: list[pd.DataFrame] = []
+    curves: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for address in addresses:
+        tables.append(pd.read_parquet(io.BytesIO(store.read(address, "results.parquet"))))
+        named = unflatten(unpack_arrays(store.read(address, "curves.npz")))
+        curves |= {trial_id: (curve["steps"], curve["losses"]) for trial_id, curve in named.items()}
+    # The settings of tasks of several kinds stay before what was measured.
+    columns: list[str] = []
+    for table in tables:
+        place = 0
+        for name in map(str, table):
+            if name not in columns:
+                columns.insert(place, name)
+            place = columns.index(name) + 1
+    table = pd.concat(tables, ignore_index=True)[columns].drop_duplicates("trial_id", keep="last")
+    return Study(table.reset_index(drop=True), curves)
+
+
+def _plots(study: Study, options: argparse.Namespace) -> int:
+    from lambda_hat.batch_size.plots import draw_plots
+
+    folder = Path(options.to)
+    drawn = draw_plots(study, options.plot)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, png in drawn.items():
+        (folder / f"{name}.png").write_bytes(png)
+        print(folder / f"{name}.png")
+    if skipped := set(options.plot) - drawn.keys():
+        print(f"these plots do not apply to the trials: {', '.join(sorted(skipped))}", file=sys.stderr)
+    return 0
+
+
+def _report(study: Study, addresses: list[Address], options: argparse.Namespace) -> int:
+    from lambda_hat.batch_size.plots import draw_plots
+    from lambda_hat.batch_size.report import study_report
+
+    ids = ", ".join(address.id for address in addresses)
+    page = study_report(ids, " and ".join(options.studies), study, draw_plots(study, options.plot))
+    Path(options.report).write_text(page, encoding="utf-8")
+    print(f"{options.report}: {len(study.table)} trials of {ids}")
+    return 0
+
+
+def _table(study: Study, options: argparse.Namespace) -> int:
+    from lambda_hat.batch_size.study import settings, swept
+
+    table = study.table
+    content: bytes | str
+    if options.format == "parquet":
+        buffer = io.BytesIO()
+        table.to_parquet(buffer)
+        content = buffer.getvalue()
+    elif options.format == "csv":
+        content = table.to_csv(index=False)
+    elif options.format == "json":
+        records = table.to_dict("records")
+        content = json.dumps(
+            [{name: None if cell != cell else cell for name, cell in row.items()} for row in records], indent=1
+        )
+    else:
+        varied = ["trial_id", *swept(table)]
+        shown = [*varied, *(name for name in map(str, table) if name not in {"trial_id", "samples", *settings(table)})]
+        content = table[shown].to_string(index=False, na_rep="-", float_format=lambda value: f"{value:.5g}")
+    if options.output is None:
+        print(content if isinstance(content, str) else "", end="" if options.format == "csv" else "\n")
+    else:
+        Path(options.output).write_bytes(content if isinstance(content, bytes) else f"{content.rstrip()}\n".encode())
+    return 0
+
+
+def _process_mnist1m(_store: Store, options: argparse.Namespace) -> int:
+    from lambda_hat.data import process_mnist1m
+
+    print(process_mnist1m(options.zips, options.output))
+    return 0
