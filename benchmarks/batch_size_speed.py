@@ -1,8 +1,8 @@
 """Trials of a batch-size study against a loop of one trial at a time: `python benchmarks/batch_size_speed.py`.
 
-Both sides train the same networks (two layers, 64 units, muP, SGD, mean squared error of centred predictions) on the same images
-with the same minibatches, a grid of 13 learning rates, 3 richnesses and 3 seeds at each batch size, for three epochs of 8192
-images of Fashion-MNIST or 24 epochs of 1024 digits, and measure the loss on all the data and the test images at the end.
+Both sides train the same networks (two layers, 64 units, muP, SGD, mean squared error of centred predictions) on the same
+images with the same minibatches, a grid of 13 learning rates, 3 richnesses and 3 seeds at each batch size, for three epochs of
+8192 images of Fashion-MNIST or 24 of 1024 digits, and measure the loss on all the data and the test images at the end.
 
 ours: `train_trials`, one call for a batch size.
 loop: the plain way to write it. A jitted step of one trial, compiled once; a Python loop over steps that gathers the minibatch
@@ -135,10 +135,11 @@ def main() -> None:
     share = training_flops(wide) / ours / peak_flops()
     print(f"| fashion-mnist | 512 | 256 | {len(wide)} | {len(wide) / ours:.2f} | | | {share:.0%} |")
     print(
-        f"\nThe whole grid of width 64 - {'; '.join(totals)} (the loop extrapolated from {LOOP_TRIALS} trials at each batch size; "
-        f"bound {BOUND:.0f} at the smallest batch size, where a study spends its time).\nOurs is bound by the first layer's matrix "
-        "products at every batch size; the loop by the overhead of a step at small ones, by the same products at large ones, "
-        "where the ratio can be no larger than the loop's own distance from the peak."
+        f"\nThe whole grid of width 64 - {'; '.join(totals)} (the loop extrapolated from {LOOP_TRIALS} trials at each batch "
+        f"size; bound {BOUND:.0f} at B = 1, where a study spends its time).\n"
+        "Ours is bound by the first layer's matrix products at every batch size; the loop by the overhead of a step at small "
+        "ones and by the same products at large ones, where the ratio can be no larger than the loop's own distance from the "
+        "peak."
     )
 
 

@@ -19,12 +19,10 @@ from flows.runs import compute
 from flows.tasks import Place, measure, open_place, train
 from lambda_hat.batch_size import artifacts
 from lambda_hat.batch_size.plan import StudyPlan, describe, make_study
-from lambda_hat.batch_size.summary import failures, preview, summary, text
-from lambda_hat.manifest import curvature_address, study_address, target_address
+from lambda_hat.batch_size.summary import failures, label, outcome, places, preview, summary, text
 from lambda_hat.runtime import configure
 from lambda_hat.settings import Runtime, Settings
 from lambda_hat.store import Store
-from lambda_hat.trials.spec import TrialSpec
 
 
 @flow(name="batch_size")
@@ -50,76 +48,74 @@ def batch_size(
     configure(settings.runtime, computes=settings.runtime.engine == "threads")
     study = make_study(settings, experiment or None, list(overrides))
     place: Place = {"store_uri": store.uri, "settings_file": str(Path(settings_file).absolute()) if settings_file else None}
-    _train(study, store, place, settings.runtime)
-    done = artifacts.trained(store)
-    ids = [trial.target_id for trial in study.trials if trial.target_id in done]
-    rows = _examine(study, settings, store, place, ids) if ids else []
-    return _publish(study, settings, store, ids, rows)
+    errors = _train(study, store, place, settings.runtime)
+    ids, damaged = artifacts.intact(store, [trial.target_id for trial in study.trials])
+    rows, unmeasured = _examine(study, settings, store, place, ids) if ids else ([], [])
+    return _publish(study, settings, store, ids, outcome(study, ids, rows, errors + damaged, unmeasured))
 
 
-def _train(study: StudyPlan, store: Store, place: Place, runtime: Runtime) -> None:
+def _train(study: StudyPlan, store: Store, place: Place, runtime: Runtime) -> list[str]:
+    """Trains what is not in the store; what failed, and why."""
     done = artifacts.trained(store)
     missing = [trial for trial in study.trials if trial.target_id not in done]
     get_run_logger().info("%d of %d trials are in the store", len(study.trials) - len(missing), len(study.trials))
-    keep = study.options.keep or study.options.curvature or bool(study.sampling)
-    options = {"refresh_cache": True, "timeout_seconds": runtime.task_timeout_seconds or None}
-    if batches := artifacts.batches(missing):
-        with engine(runtime.model_copy(update={"max_workers": min(runtime.max_workers, len(batches))})):
-            futures = {}
-            for batch in batches:
-                first, content = batch[0], [trial.model_dump(mode="json") for trial in batch]
-                label = f"{len(batch)} trials of width {first.width}, batch size {first.batch_size}"
-                made = artifacts.trials_id(batch), label, content, keep, place
-                futures[train.with_options(**options).submit(*made)] = label
-            for future in as_completed(list(futures)):
-                _log(futures[future], final_state(future))
+    calls = [
+        (artifacts.trials_id(batch), label(batch), [trial.model_dump(mode="json") for trial in batch], study.keeps, place)
+        for batch in artifacts.batches(missing)
+    ]
+    return _run(train, calls, runtime)
 
 
-def _examine(study: StudyPlan, settings: Settings, store: Store, place: Place, ids: list[str]) -> list[dict[str, Any]]:
-    """Keeps, measures and samples what has not diverged, as far as the study asks for it; the rows of the runs."""
-    table = artifacts.load_study(store, ids).table
-    finite = set(table["trial_id"][table["diverged_at_step"].isna()])
+def _examine(
+    study: StudyPlan, settings: Settings, store: Store, place: Place, ids: list[str]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Keeps, measures and samples what has not diverged, as far as the study asks for it: the rows of the runs, what failed."""
+    finite, curvature = artifacts.finite(store, ids), study.options.curvature
     trials = [trial for trial in study.trials if trial.target_id in finite]
-    address = curvature_address if study.options.curvature else target_address
-    if study.options.keep or study.options.curvature:
-        there = {manifest.id for manifest in store.manifests(address(trial.target_id) for trial in trials)}
-        if missing := [trial for trial in trials if trial.target_id not in there]:
-            with engine(settings.runtime):
-                submitted = [_measure(trial, study.options.curvature, place) for trial in missing]
-                for future in as_completed(submitted):
-                    _log("measure", final_state(future))
+    calls = [
+        (trial.target_id, label([trial]), trial.model_dump(mode="json"), curvature, place)
+        for trial in (artifacts.unexamined(store, trials, curvature) if study.options.keep or curvature else [])
+    ]
+    errors = _run(measure, calls, settings.runtime)
     runs = study.runs(settings, trials)
-    return compute(runs, store, place, settings.runtime) if runs else []
+    return compute(runs, store, place, settings.runtime) if runs else [], errors
 
 
-def _measure(trial: TrialSpec, curvature: bool, place: Place) -> Any:
-    label, task = f"batch size {trial.batch_size}, eta {trial.eta:g}", measure.with_options(refresh_cache=True)
-    return task.submit(trial.target_id, label, trial.model_dump(mode="json"), curvature, place)
+def _run(task: Any, calls: list[tuple[Any, ...]], runtime: Runtime) -> list[str]:
+    """Runs a task of artifacts that are not in the store, their labels second in each call; what failed, and why."""
+    if not calls:
+        return []
+    log, errors = get_run_logger(), []
+    task = task.with_options(refresh_cache=True, timeout_seconds=runtime.task_timeout_seconds or None)
+    with engine(runtime.model_copy(update={"max_workers": min(runtime.max_workers, len(calls))})):
+        futures = {task.submit(*call): call[1] for call in calls}
+        for future in as_completed(list(futures)):
+            state = final_state(future)
+            if state.is_completed():
+                log.info("%s %s: done", task.name, futures[future])
+            else:
+                errors.append(f"{task.name} {futures[future]}: {reason(state)}")
+                log.error(errors[-1])
+    return errors
 
 
-def _log(label: str, state: Any) -> None:
-    log = get_run_logger()
-    log.info("%s: done", label) if state.is_completed() else log.error("%s: %s", label, reason(state))
-
-
-def _publish(study: StudyPlan, settings: Settings, store: Store, ids: list[str], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The finished trials as one study, in the store and in the UI."""
-    failed = sum(row["status"] == "failed" for row in rows)
-    result: dict[str, Any] = {
-        "num_trials": len(study.trials),
-        "num_failed": len(study.trials) - len(ids),
-        "runs_failed": failed,
-    }
+def _publish(study: StudyPlan, settings: Settings, store: Store, ids: list[str], result: dict[str, Any]) -> dict[str, Any]:
+    """The finished trials as one study, in the store and in the UI; returns the result with it or raises RunsFailed."""
+    heading, plots = f"{study.name}: {len(ids)} of {len(study.trials)} trials finished", {}
     if ids:
-        sampled = {row["target_id"] for row in rows if row["status"] != "failed"}
-        runs = study.runs(settings, [trial for trial in study.trials if trial.target_id in sampled])
-        manifest = artifacts.publish_study(study.name, ids, store, study.options.plots, runs, study.options.curvature)
-        found = study_address(manifest.id)
-        result |= summary(manifest, artifacts.load_study(store, ids, runs), store)
-        plots = {file.name: store.read(found, file.name) for file in manifest.files if file.name.endswith(".png")}
-        heading = f"{study.name}: {len(ids)} of {len(study.trials)} trials finished"
-        publish_to_ui("batch-size-results", result["best"], plots, heading, store.url(found, "report.html"))
-    if result["num_failed"] or failed:
+        runs = [run for run in study.runs(settings, study.trials) if run.run_id in result["run_ids"]]
+        result |= summary(artifacts.load_study(store, ids, runs))
+        try:
+            manifest = artifacts.publish_study(study.name, ids, store, study.options.plots, runs)
+            result |= places(manifest, store)
+            names = [name for name in result["files"] if name.endswith(".png")]
+            plots = {name: store.read(manifest.address, name) for name in names}
+        except Exception as error:  # a plot that fails: there is a table all the same
+            result["errors"].append(f"no plots: {error}")
+            heading += f"; no plots: {error}"
+            get_run_logger().error(heading)
+        publish_to_ui("batch-size-results", result["best"], plots, heading, result.get("files", {}).get("report.html", ""))
+    if result["num_failed"] or result["runs_failed"]:
         raise RunsFailed(failures(result), result)
     return result
 
@@ -138,16 +134,18 @@ examples:
 def main() -> int:
     options = parser(batch_size, EXAMPLES)
     options.add_argument(
-        "--no-save", action="store_true", help="keep nothing: artifacts go to a folder that is removed at the end"
+        "--no-save", action="store_true", help="keep nothing: results go to a folder that is removed at the end"
     )
     given = options.parse_args()
+    if given.no_save and given.store:
+        options.error("--no-save keeps nothing, in no store; got --store: leave one out")
     arguments = (given.experiment, given.overrides)
     with tempfile.TemporaryDirectory() if given.no_save else contextlib.nullcontext(given.store) as store:
         given.store = store
         command = Command(
             batch_size, plan=lambda settings, _store, _: make_study(settings, *arguments), listing=describe,
             name=lambda study: f"{study.name}: {len(study.trials)} trials", preview=preview, arguments=lambda _: arguments,
-            show=lambda _, result, __: text(result),
+            show=lambda _, result, __: text(result | {"files": {}} if given.no_save else result),
         )  # fmt: skip
         return command_line(command, given)
 

@@ -11,9 +11,6 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from lambda_hat import artifacts, chunks
-from lambda_hat.posterior import PosteriorSpec
-from lambda_hat.samplers.sgld import SgldSpec
-from lambda_hat.sampling import sample
 from lambda_hat.spec import InvalidInput
 from lambda_hat.store import Store
 from lambda_hat.targets import AnyTargetSpec
@@ -22,6 +19,7 @@ from lambda_hat.trials.engine import batch_indices, fresh_inputs, point_steps
 from lambda_hat.trials.network import activations, forward, init_params
 
 SMALL = ImagesTask(n_data=48, n_test=20)
+DRAW_FRESH = jax.jit(fresh_inputs, static_argnums=(3, 4, 5))
 CUBIC = PolynomialTask(input_dim=6, degree=3, n_data=40, n_test=20)
 
 
@@ -55,9 +53,8 @@ def batches(spec):
     else:
         with jax.enable_x64(True):
             for step in range(spec.total_steps):
-                x = np.asarray(
-                    fresh_inputs(spec.task.seed, spec.seed, np.asarray([step]), spec.batch_size, spec.task.input_dim, "f8")
-                )
+                size = (spec.batch_size, spec.task.input_dim, np.dtype(np.float64))
+                x = np.asarray(DRAW_FRESH(spec.task.seed, spec.seed, np.asarray([step]), *size))
                 yield x, np.asarray(spec.task.label(spec.task.teacher(), x))
 
 
@@ -112,11 +109,9 @@ def assert_same(result, other):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"num_steps": 1},
         {"batch_size": 5, "num_steps": 40, "depth": 3},  # 12 steps in a block; the remainder of an epoch is 3 samples
         {"parameterization": "sp", "richness": 0.1, "batch_size": 1, "num_steps": 70, "eta": 3.0},
-        {"loss": "cross_entropy", "richness": 2.0},
-        {"momentum": 0.9, "eta": 0.2},
+        {"loss": "cross_entropy", "richness": 2.0, "momentum": 0.9, "eta": 0.2},
         {"optimizer": "adam", "eta": 0.1, "depth": 4, "batch_size": 7},
         {"task": CUBIC, "batch_size": 40, "eta": 0.01},
         {"task": CUBIC.model_copy(update={"fresh": True}), "batch_size": 50, "num_steps": 5, "eta": 0.1},
@@ -144,6 +139,8 @@ def test_training_is_what_the_equations_say(fields):
     if spec.task.kind == "images":
         accuracy = np.mean(np.argmax(change[-1], 1) == np.argmax(data.y, 1))
         assert result.metrics["train_accuracy"] == pytest.approx(accuracy)
+    # The loss of the target, which is sampled, is that of the training.
+    assert to_target(result).metrics["init_loss"] == pytest.approx(result.metrics["final_loss"], rel=1e-9)
     if spec.loss == "mse":
         assert result.metrics["final_loss"] == pytest.approx(np.mean((change[-1] - data.y) ** 2), rel=1e-9)
 
@@ -221,8 +218,9 @@ def test_a_resumed_training_gives_the_numbers_of_an_uninterrupted_one(monkeypatc
     for save in (saves[0], saves[-1]):
         for a, b in zip(train_trials(specs, resume=save), whole, strict=True):
             assert_same(a, b)
-    for a, b in zip(train_trials([*specs, specs[0]], resume=saves[0]), whole, strict=False):  # of other trials: ignored
-        np.testing.assert_allclose(a.losses, b.losses, rtol=1e-4)
+    of_others = saves[0]._replace(leaves=saves[0].leaves[:-1])
+    for a, b in zip(train_trials(specs, resume=of_others), whole, strict=True):  # ignored
+        assert_same(a, b)
 
 
 def test_a_trial_that_diverges_is_a_result():
@@ -280,13 +278,14 @@ def test_epochs_visit_every_sample_once():
 
 
 def test_fresh_inputs_never_repeat():
-    x = np.asarray(fresh_inputs(0, 1, np.arange(200), 50, 3, "float32"))
+    size = (50, 3, np.dtype(np.float32))
+    x = np.asarray(DRAW_FRESH(0, 1, np.arange(200), *size))
     assert x.shape == (10_000, 3)
     assert len(np.unique(x, axis=0)) == len(x)
-    np.testing.assert_array_equal(x[100:150], fresh_inputs(0, 1, np.asarray([2]), 50, 3, "float32"))
-    others = [np.asarray(fresh_inputs(a, b, np.arange(2), 50, 3, "float32")) for a, b in ((0, 2), (1, 1), (0, 1))]
+    np.testing.assert_array_equal(x[100:150], DRAW_FRESH(0, 1, np.asarray([2]), *size))
+    others = [np.asarray(DRAW_FRESH(a, b, np.arange(200), *size)) for a, b in ((0, 2), (1, 1), (0, 1))]
     seen = set(map(tuple, x.tolist()))
-    assert [len(seen & set(map(tuple, other.tolist()))) for other in others] == [0, 0, 100]
+    assert [len(seen & set(map(tuple, other.tolist()))) for other in others] == [0, 0, 10_000]
     np.testing.assert_allclose(np.mean(x, 0), 0, atol=5 / math.sqrt(len(x)))
     np.testing.assert_allclose(np.cov(x.T), np.eye(3), atol=5 * math.sqrt(2 / len(x)))
 
@@ -340,10 +339,9 @@ def test_points_of_the_curve():
     assert result.steps[-1] == 100
 
 
-@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
-def test_the_target_of_a_trial(tmp_path, loss):
-    """Built alone or made of one of many, through the store or not: its loss is that of the training, at w*."""
-    specs = [trial(eta=eta, batch_size=48, num_steps=8, loss=loss, precision="float32") for eta in (0.3, 1.0)]
+def test_the_target_of_a_trial(tmp_path):
+    """Built alone or made of one of many, through the store or not: it is the same."""
+    specs = [trial(eta=eta, batch_size=48, num_steps=8, precision="float32") for eta in (0.3, 1.0)]
     results = train_trials(specs)
     target, built = to_target(results[1]), specs[1].build()
     for a, b in zip(jax.tree.leaves(target.params_star), jax.tree.leaves(built.params_star), strict=True):
@@ -359,9 +357,6 @@ def test_the_target_of_a_trial(tmp_path, loss):
     assert loaded.spec == specs[1]
     assert loaded.metrics["init_loss"] == built.metrics["init_loss"]
     jax.tree.map(np.testing.assert_array_equal, loaded.params_star, built.params_star)
-    sampler = SgldSpec(num_chains=2, num_draws=4, num_burnin_steps=0, step_size=1e-6, batch_size=16)
-    trace = sample(loaded.spec.objective(), loaded.params_star, loaded.dataset, PosteriorSpec(), sampler, metric="relative")
-    assert np.isfinite(trace.draws["loss_difference"]).all()
     assert loaded.spec.objective() is specs[0].objective()
     assert loaded.observables["test"].num_data == 20
 

@@ -10,15 +10,17 @@ import io
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from lambda_hat import artifacts
 from lambda_hat.arrays import flatten, pack_arrays, unpack_arrays
 from lambda_hat.batch_size.study import Study
 from lambda_hat.chunks import Progress, no_progress
 from lambda_hat.manifest import (
+    DIAGNOSIS_VERSION,
     STUDY_VERSION,
     Address,
     ArtifactError,
@@ -32,10 +34,8 @@ from lambda_hat.manifest import (
 from lambda_hat.run import RunSpec
 from lambda_hat.spec import InvalidInput, content_id, dotted
 from lambda_hat.store import Store
+from lambda_hat.targets import AnyTargetSpec, TargetSpec
 from lambda_hat.trials.spec import TrialSpec
-
-if TYPE_CHECKING:
-    pass
 
 #: Trials of one artifact at most, all trained by one program; an interrupted study goes on within it.
 MAX_TOGETHER = 512
@@ -104,20 +104,49 @@ def train_batch(specs: Sequence[TrialSpec], store: Store, keep: bool = False, pr
     return manifest
 
 
-def find_trial(store: Store, text: str) -> TrialSpec:
-    """The trial whose id is `text` or, it alone, begins with it.
+def intact(store: Store, trial_ids: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Those of these trials that were trained and whose results can be read; what is wrong with the results of others."""
+    places, problems = trained(store), {}
+    for address in {places[trial_id] for trial_id in trial_ids if trial_id in places}:
+        try:
+            for name in ("results.json", "curves.npz"):
+                store.read(address, name)
+        except ArtifactError as error:
+            problems[address] = str(error)
+    return [name for name in trial_ids if name in places and places[name] not in problems], list(problems.values())
+
+
+def finite(store: Store, trial_ids: Sequence[str]) -> set[str]:
+    """Those of these trained trials that have not diverged."""
+    table = load_study(store, trial_ids).table
+    return set(table["trial_id"][table["diverged_at_step"].isna()])
+
+
+def unexamined(store: Store, trials: Sequence[TrialSpec], curvature: bool) -> list[TrialSpec]:
+    """Those of these trials whose network is not kept as a target, or, with `curvature`, was not measured."""
+    address = curvature_address if curvature else target_address
+    there = {manifest.id for manifest in store.manifests(address(trial.target_id) for trial in trials)}
+    return [trial for trial in trials if trial.target_id not in there]
+
+
+def find_target(store: Store, text: str) -> TargetSpec:
+    """The spec of the target whose id is `text` or, it alone, begins with it; or of such a trial, whose network was not kept.
 
     Raises:
-      InvalidInput: there is none, or several.
+      InvalidInput: `text` begins no id of a target, or there is none, or several. ArtifactError: the trial's result is damaged.
     """
-    places = trained(store)
-    found = [trial_id for trial_id in places if trial_id.startswith(text)]
+    listed = "`lambda-hat ls targets` lists targets, lambda-hat study latest --format csv the trials of a study."
+    if not text.startswith("tgt_"):
+        raise InvalidInput(f"A target in the store is named by its id, tgt_..., or the beginning of it; got {text!r}: {listed}")
+    kept = [address for address in store.addresses() if address.kind == "target" and address.id.startswith(text)]
+    targets, places = {manifest.id: manifest for manifest in store.manifests(kept)}, trained(store)
+    found = sorted({*targets, *(trial_id for trial_id in places if trial_id.startswith(text))})
     if len(found) != 1:
         names = ", ".join(found[:5]) or "none"
-        raise InvalidInput(
-            f"A trial's id, or its beginning, must fit one trial in {store.uri}; {text!r} fits {names}. "
-            "The table of a study lists the ids: lambda-hat study latest --format csv."
-        )
+        raise InvalidInput(f"An id or its beginning must fit one target in {store.uri}; {text!r} fits {names}: {listed}")
+    if found[0] in targets:
+        spec: TargetSpec = TypeAdapter(AnyTargetSpec).validate_json(json.dumps(targets[found[0]].spec), strict=True)
+        return spec
     [row] = [row for row in _rows(store, places[found[0]]) if row["trial_id"] == found[0]]
     return TrialSpec.from_dict(row["spec"])
 
@@ -168,7 +197,7 @@ def load_study(store: Store, trial_ids: Sequence[str], runs: Sequence[RunSpec] =
     table = pd.DataFrame([_table_row(rows[trial_id]) for trial_id in trial_ids])
     measured = {m.id: m.summary for m in store.manifests(map(curvature_address, trial_ids))}
     for name in _MEASURED if measured else ():
-        table[name] = [measured.get(trial_id, {}).get(name, np.nan) for trial_id in trial_ids]
+        table[name] = np.array([measured.get(trial_id, {}).get(name) for trial_id in trial_ids], np.float64)
     llcs = _llcs(store, runs)
     if llcs:
         table["llc"] = [llcs.get(trial_id, {}).get("llc", np.nan) for trial_id in trial_ids]
@@ -177,21 +206,22 @@ def load_study(store: Store, trial_ids: Sequence[str], runs: Sequence[RunSpec] =
     return Study(table, {trial_id: curves[trial_id] for trial_id in trial_ids})
 
 
-def study_id(trial_ids: Sequence[str], runs: Sequence[RunSpec], plots: Sequence[str], name: str) -> str:
-    """Of the comparison of these trials and runs, with these plots, by this version."""
-    run_ids = sorted(run.run_id for run in runs)
-    return content_id(
-        "sty",
-        {"version": STUDY_VERSION, "name": name, "trial_ids": sorted(trial_ids), "run_ids": run_ids, "plots": list(plots)},
-    )
-
-
 def publish_study(
-    name: str, trial_ids: Sequence[str], store: Store, plots: Sequence[str] = (), runs: Sequence[RunSpec] = (),
-    curvature: bool = False,
-) -> Manifest:  # fmt: skip
-    """Publishes the comparison of trained trials, or finds it: results.csv, results.parquet, curves.npz, plots, report.html."""
-    address = study_address(study_id(trial_ids, runs, [*plots, "curvature"] if curvature else plots, name))
+    name: str, trial_ids: Sequence[str], store: Store, plots: Sequence[str] = (), runs: Sequence[RunSpec] = ()
+) -> Manifest:
+    """Publishes the comparison of trained trials, or finds it: results.csv, results.parquet, curves.npz, plots, report.html.
+
+    It is another study when other curvatures are in the store.
+
+    Raises:
+      ArtifactError: a trial was not trained, or its result is damaged. InvalidInput: a plot is not known.
+    """
+    content = {
+        "versions": [STUDY_VERSION, DIAGNOSIS_VERSION], "name": name, "plots": list(plots), "trial_ids": sorted(trial_ids),
+        "run_ids": sorted(run.run_id for run in runs),
+        "curvature_ids": sorted(m.id for m in store.manifests(map(curvature_address, trial_ids))),
+    }  # fmt: skip
+    address = study_address(content_id("sty", content))
     if (manifest := store.manifest(address)) is not None:
         return manifest
     from lambda_hat.batch_size.plots import PLOTS, draw_plots
@@ -212,8 +242,7 @@ def publish_study(
     files["report.html"] = study_report(address.id, name, study, drawn, made_at[:16].replace("T", " ")).encode()
     spec = {
         "name": name, "trials_ids": sorted({places[trial_id].id for trial_id in trial_ids}),
-        "target_ids": sorted(m.id for m in store.manifests(map(target_address, trial_ids))),
-        "run_ids": sorted(run.run_id for run in runs),
+        "target_ids": content["trial_ids"], "run_ids": content["run_ids"],  # as targets, as far as they are kept
     }  # fmt: skip
     summary = {"num_trials": len(trial_ids), "num_diverged": int(study.table["diverged_at_step"].notna().sum())}
     return store.publish(address, files, spec=spec, summary=summary)

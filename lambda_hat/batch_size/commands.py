@@ -76,7 +76,9 @@ def find_studies(store: Store, texts: list[str]) -> list[Address]:
         else:
             if not text.startswith("sty_"):
                 names = {*catalogue["spec.name"], "latest", "all"}
-                raise InvalidInput(f"A study is named by its experiment or its id, sty_...; got {text!r}. {nearest(text, names)}")
+                raise InvalidInput(
+                    f"A study is named by its experiment or its id, sty_...; got {text!r}. {nearest(text, names)}"
+                )
             found[store.find(text)] = None
     return list(found)
 

@@ -143,17 +143,18 @@ class Slope(NamedTuple):
 
 def power_slope(
     x: np.ndarray, y: np.ndarray, shared_errors: np.ndarray | None = None, keep: np.ndarray | None = None,
-    confidence: float = 0.95,
+    series: np.ndarray | None = None, confidence: float = 0.95,
 ) -> Slope | None:  # fmt: skip
     """The slope of log y over log x by ordinary least squares; None for fewer than two distinct x.
 
     The standard error is that of the points' scatter about the line, and of `shared_errors` in quadrature; the interval takes
-    Student's t with (points - 2) degrees of freedom.
+    Student's t with (points - series - 1) degrees of freedom.
 
     Args:
       x, y: positive, (P,); several seeds' y at one x are as many points. A y that is not finite is left out.
       shared_errors: standard errors of log y that all points of one x have in common, as the grid's resolution is, (P,).
       keep: which points to use, (P,).
+      series: which of several parallel lines a point is of, each with an intercept of its own, (P,); one line if not given.
     """
     from scipy.stats import t as student
 
@@ -164,14 +165,18 @@ def power_slope(
     places, which = np.unique(log_x, return_inverse=True)
     if len(places) < 2:
         return None
-    centred = log_x - log_x.mean()
+    names, line = np.unique(np.zeros(len(log_x)) if series is None else np.asarray(series)[use], return_inverse=True)
+    centred = log_x - (np.bincount(line, log_x) / np.bincount(line))[line]
+    if not centred.any():
+        return None
     influence = centred / np.sum(np.square(centred))  # of each point on the slope
     slope = float(influence @ log_y)
+    intercepts = np.bincount(line, log_y - slope * log_x) / np.bincount(line)
     intercept = float(log_y.mean() - slope * log_x.mean())
-    freedom = len(log_x) - 2
+    freedom = len(log_x) - len(names) - 1
     if freedom < 1:
         return Slope(slope, math.nan, math.nan, math.nan, intercept, len(places), left_out)
-    scatter = np.sum(np.square(log_y - intercept - slope * log_x)) / freedom
+    scatter = np.sum(np.square(log_y - intercepts[line] - slope * log_x)) / freedom
     variance = scatter * np.sum(np.square(influence))
     if shared_errors is not None:
         variance += np.sum(np.square(np.bincount(which, influence * np.asarray(shared_errors, np.float64)[use])))
@@ -181,7 +186,7 @@ def power_slope(
 
 
 def _slope_of_optima(x: np.ndarray, optima: Sequence[Optimum]) -> Slope | None:
-    """The slope of log eta* over log x, of bracketed optima."""
+    """The slope of log eta* over log x, of bracketed optima: one for all seeds, which start from weights of their own."""
     counts = [len(found.per_seed) for found in optima]
     resolution = [found.resolution * math.log(2) for found in optima]
     return power_slope(
@@ -189,6 +194,7 @@ def _slope_of_optima(x: np.ndarray, optima: Sequence[Optimum]) -> Slope | None:
         np.exp2(np.concatenate([found.per_seed for found in optima])) if len(optima) else np.array([]),
         np.repeat(resolution, counts),
         np.repeat([found.bracketed for found in optima], counts),
+        np.concatenate([np.arange(count) for count in counts]) if len(optima) else np.array([]),
     )
 
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
-from lambda_hat.batch_size.artifacts import find_trial
+from lambda_hat.batch_size.artifacts import find_target
 from lambda_hat.overrides import Assignment, parse_sweep
 from lambda_hat.plan import check_own, make_plan
 from lambda_hat.run import RunSpec
 from lambda_hat.settings import Preset, Settings, StudyExperiment, explain, lookup, nearest
 from lambda_hat.spec import InvalidInput, Precision
 from lambda_hat.store import Store
-from lambda_hat.targets import AnyTargetSpec, TargetSpec
+from lambda_hat.targets import TargetSpec
 from lambda_hat.trials.spec import TrialSpec
 from lambda_hat.trials.task import AnyTask
 
@@ -52,6 +51,11 @@ class StudyPlan(NamedTuple):
     options: StudyExperiment
     sampling: list[str]
 
+    @property
+    def keeps(self) -> bool:
+        """Whether trained networks are kept as targets."""
+        return self.options.keep or self.options.curvature or bool(self.sampling)
+
     def runs(self, settings: Settings, trials: Sequence[TrialSpec]) -> list[RunSpec]:
         """The runs that sample these trials' networks."""
         if not self.sampling:
@@ -70,20 +74,10 @@ def with_stored(settings: Settings, store: Store, overrides: Sequence[str]) -> S
       InvalidInput: it is of nothing in the store, or of several things.
     """
     names = (str(value) for a in parse_sweep(overrides).values() if a.path == ("target",) for value in a.values)
-    stored = {name: _stored(store, name.removeprefix(PREFIX)) for name in names if name.startswith((PREFIX, "tgt_"))}
+    stored = {name: find_target(store, name.removeprefix(PREFIX)) for name in names if name.startswith((PREFIX, "tgt_"))}
     for spec in stored.values():
         check_own(settings, spec)
     return _with_targets(settings, stored) if stored else settings
-
-
-def _stored(store: Store, text: str) -> TargetSpec:
-    try:
-        manifest = store.manifest(store.find(text))
-    except InvalidInput:  # a trial whose network was not kept: it is trained again, alone
-        return find_trial(store, text)
-    assert manifest is not None  # it was just found
-    spec: TargetSpec = TypeAdapter(AnyTargetSpec).validate_json(json.dumps(manifest.spec), strict=True)
-    return spec
 
 
 def _with_targets(settings: Settings, targets: Mapping[str, TargetSpec]) -> Settings:
@@ -112,12 +106,19 @@ def make_study(settings: Settings, experiment: str | None = None, overrides: Seq
     user = parse_sweep(overrides)
     sweeps = [parse_sweep(texts) for texts in base.sweeps]
     options = _options(base, user)
+    user = {path: assignment for path, assignment in user.items() if assignment.key not in _OPTIONS}
     trials: dict[str, TrialSpec] = {}
     sampling: dict[Key, Assignment] = {}
     for sweep in sweeps:
         merged = _over(sweep, user)
-        sampling |= {path: assignment for path, assignment in merged.items() if path[0] in _SAMPLING}
-        for trial in _trials(settings, {path: merged[path] for path in merged if path[0] not in (*_SAMPLING, *_OPTIONS)}):
+        own = {path: assignment for path, assignment in merged.items() if path[0] in _SAMPLING}
+        if own != sampling and sweep is not sweeps[0]:
+            raise InvalidInput(
+                "Every trial of a study is sampled in the same way; its sweeps set different ones: "
+                f"{_texts(sampling)} and {_texts(own)}. Set the same in each, or make two studies."
+            )
+        sampling = own
+        for trial in _trials(settings, {path: merged[path] for path in merged if path[0] not in _SAMPLING}):
             trials.setdefault(trial.target_id, trial)
             if len(trials) > MAX_TRIALS:
                 _refuse_size(len(trials))
@@ -126,7 +127,9 @@ def make_study(settings: Settings, experiment: str | None = None, overrides: Seq
             f"{next(iter(sampling.values())).key} is of sampling, which a study does with sampler=NAME; got none."
         )
     plan = StudyPlan(name, list(trials.values()), options, [assignment.text for assignment in sampling.values()])
-    plan.runs(settings, plan.trials[:1])  # wrong sampling is refused before any training
+    plan.runs(
+        settings, list({trial.task: trial for trial in plan.trials}.values())
+    )  # wrong ones are refused before any training
     return plan
 
 
@@ -152,14 +155,16 @@ def describe(settings: Settings) -> str:
     )
 
 
+def _texts(sweep: Sweep) -> str:
+    return ", ".join(assignment.text for assignment in sweep.values()) or "none"
+
+
 def _options(base: StudyExperiment, user: Sweep) -> StudyExperiment:
     fields = base.model_dump()
     for name in _OPTIONS:
         if assignment := user.get((name,)):
             values = assignment.values
-            fields[name] = values[0] if len(values) == 1 else values
-            if name == "plots" and isinstance(fields[name], str):
-                fields[name] = (fields[name],)
+            fields[name] = values if len(values) > 1 or (name == "plots" and isinstance(values[0], str)) else values[0]
     try:
         options = StudyExperiment.model_validate(fields)
     except ValidationError as error:
@@ -186,12 +191,13 @@ def _trials(settings: Settings, sweep: Sweep) -> Iterator[TrialSpec]:
     for path, assignment in sweep.items():
         known = path == ("task",) or (len(path) == 1 and path[0] in _FIELDS)
         if not known and not any(path[0] == "task" and len(path) == 2 and path[1] in fields for _, fields in tasks.values()):
-            keys = (
-                _FIELDS | {f"task.{name}" for _, fields in tasks.values() for name in fields} | {*_OPTIONS, *_SAMPLING, "task"}
-            )
+            names = {f"task.{name}" for _, fields in tasks.values() for name in fields}
+            remedy = nearest(assignment.key, _FIELDS | names | {*_OPTIONS, *_SAMPLING, "task"})
+            if assignment.key in _OPTIONS:  # of a sweep in the settings
+                remedy = "Set it once for the whole study, beside its sweeps."
             raise InvalidInput(
                 f"Override {assignment.text!r}: a key must be a field of a trial, of its task or of the study; "
-                f"got {assignment.key!r}. {nearest(assignment.key, keys)}"
+                f"got {assignment.key!r}. {remedy}"
             )
     own = {path: assignment for path, assignment in sweep.items() if len(path) == 1 and path != ("task",)}
     for base, fields in tasks.values():
@@ -208,11 +214,7 @@ def _trials(settings: Settings, sweep: Sweep) -> Iterator[TrialSpec]:
             try:
                 yield TrialSpec.from_dict(trial)
             except ValidationError as error:
-                raise explain(
-                    error, TrialSpec, lambda _: "Override it, or correct the study in the settings.", "trial"
-                ) from None
-            except TypeError as error:
-                raise InvalidInput(f"A trial holds numbers, text, true, false and lists; got another type: {error}.") from None
+                raise explain(error, TrialSpec, lambda _: "Override it, or correct the study.", "trial") from None
 
 
 def _task(settings: Settings, name: str) -> tuple[dict[str, Any], set[str]]:
@@ -225,6 +227,8 @@ def _task(settings: Settings, name: str) -> tuple[dict[str, Any], set[str]]:
         cls.from_dict(fields)
     except ValidationError as error:
         raise explain(error, cls, lambda _: "Correct the preset in the settings.", f"presets.task.{name}") from None
+    except TypeError as error:
+        raise InvalidInput(f"[presets.task.{name}] must hold numbers, text, true and false; {error}. Correct it.") from None
     return fields, set(cls.model_fields) - {"kind"}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lambda_hat.batch_size.artifacts import batches, trained
@@ -11,6 +11,7 @@ from lambda_hat.batch_size.study import Study, swept
 from lambda_hat.manifest import Manifest, study_address
 from lambda_hat.report import aligned
 from lambda_hat.store import Store
+from lambda_hat.trials.spec import TrialSpec
 
 #: Trials that are shown, the best first.
 NUM_BEST = 10
@@ -32,35 +33,69 @@ def preview(plan: StudyPlan, store: Store) -> str:
     return f"{aligned(cells, RIGHT)}\n{len(plan.trials)} trials{sampled}; {samples:,} samples to train on"
 
 
-def summary(manifest: Manifest, study: Study, store: Store) -> dict[str, Any]:
-    """What came of a study, in JSON's own types."""
+def label(trials: Sequence[TrialSpec]) -> str:
+    """A name for trials that are trained together, or for one alone."""
+    first = trials[0]
+    program = f"{first.task.kind}, width {first.width}, batch size {first.batch_size}"
+    if len(trials) > 1:
+        return f"{program}: {len(trials)} trials"
+    return f"{program}: eta {first.eta:g}, richness {first.richness:g}, seed {first.seed}"
+
+
+def outcome(
+    plan: StudyPlan, ids: Sequence[str], rows: Sequence[Mapping[str, Any]], errors: Sequence[str], unmeasured: Sequence[str]
+) -> dict[str, Any]:
+    """The result of the flow, before it is published: what failed, and why.
+
+    Args:
+      ids: of the trials that are finished. rows: of the runs that sample them. errors, unmeasured: what went wrong with the
+        training, and with the measuring of what was trained.
+    """
+    failed = [row for row in rows if row["status"] == "failed"]
+    return {
+        "name": plan.name, "num_trials": len(plan.trials), "num_failed": len(plan.trials) - len(ids),
+        "runs_failed": len(unmeasured) + len(failed),
+        "run_ids": [row["run_id"] for row in rows if row["status"] != "failed"],
+        "errors": list(dict.fromkeys([*errors, *unmeasured, *(row["remedy"] for row in failed)])),
+    }  # fmt: skip
+
+
+def summary(study: Study) -> dict[str, Any]:
+    """What came of a study, in JSON's own types: how many trials diverged, and the best, their cells as text."""
     table = study.table
     shown = [*swept(table), "final_loss", "test_loss", "test_accuracy", "llc", "sharpness", "gradient_noise_scale", "trial_id"]
     best = table.sort_values("final_loss").head(NUM_BEST)[
         [name for name in shown if name in table and table[name].notna().any()]
     ]
-    return {
-        "study_id": manifest.id, "name": manifest.spec["name"], **manifest.summary,
-        "best": [{name: _text(value) for name, value in row.items()} for row in best.to_dict("records")],
-        "files": {file.name: store.url(study_address(manifest.id), file.name) for file in manifest.files},
-    }  # fmt: skip
+    rows = [{name: _text(value) for name, value in row.items()} for row in best.to_dict("records")]
+    return {"num_diverged": int(table["diverged_at_step"].notna().sum()), "best": rows}
+
+
+def places(manifest: Manifest, store: Store) -> dict[str, Any]:
+    """The id of a published study and where its files are."""
+    address = study_address(manifest.id)
+    return {"study_id": manifest.id, "files": {file.name: store.url(address, file.name) for file in manifest.files}}
 
 
 def failures(result: Mapping[str, Any]) -> str:
     """What failed, in a sentence."""
-    return f"{result['num_failed']} trials and {result['runs_failed']} runs failed; the same command tries them again."
+    return (
+        f"{result['num_failed']} of {result['num_trials']} trials and {result['runs_failed']} measurements of trained ones "
+        "failed; the same command tries them again."
+    )
 
 
 def text(result: Mapping[str, Any]) -> str:
-    """The summary for a terminal."""
-    lines = [failures(result)] if result["num_failed"] or result["runs_failed"] else []
-    if "study_id" in result:
-        places = [f"  {url}" for name, url in result["files"].items() if name.endswith(".png")]
-        lines = [
-            aligned(result["best"], RIGHT), *lines,
-            f"{result['study_id']}: {result['num_trials']} trials, {result['num_diverged']} diverged; the best of them above",
-            f"report: {result['files']['report.html']}", f"table: {result['files']['results.csv']}", "plots:", *places,
-        ]  # fmt: skip
+    """The result of the flow for a terminal: the best trials, what failed and why, and where the files are."""
+    lines = [aligned(result["best"], RIGHT)] if "best" in result else []
+    lines += [failures(result)] if result["num_failed"] or result["runs_failed"] else []
+    lines += [f"  {error}" for error in result["errors"]]
+    if "best" in result:
+        counts = f"{result['num_trials'] - result['num_failed']} trials, {result['num_diverged']} diverged"
+        lines += [f"{result.get('study_id', result['name'])}: {counts}; the best of them above"]
+    if files := result.get("files"):
+        plots = [f"  {url}" for name, url in files.items() if name.endswith(".png")]
+        lines += [f"report: {files['report.html']}", f"table: {files['results.csv']}", "plots:", *plots]
     return "\n".join(lines)
 
 

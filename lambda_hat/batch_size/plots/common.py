@@ -30,7 +30,7 @@ TITLE_WIDTH = 46
 #: A space at which no line is broken.
 HARD = "\N{NO-BREAK SPACE}"
 #: Labelled values on an axis.
-MAX_TICKS = 8
+MAX_TICKS = 9
 
 #: The window over which loss curves are smoothed before they are compared, as a share of the steps done.
 WINDOW = 0.2
@@ -116,12 +116,12 @@ def temperature(table: pd.DataFrame) -> pd.Series:
 
 
 def optima(table: pd.DataFrame, by: str) -> dict[float, Optimum]:
-    """The best learning rate at each value of `by`, of trials that differ in `by`, eta and seed alone; those known."""
+    """The best learning rate at each value of `by`, of trials that differ in `by`, eta and seed alone; of three and more."""
     found = {}
     for value in distinct(table[by]):
         grid = table[table[by] == value].pivot(index="seed", columns="eta", values="final_loss")
         best = optimum(grid.columns.to_numpy(np.float64), grid.to_numpy(np.float64))
-        if best.flag != "none":
+        if best.flag != "none" and grid.shape[1] > 2:
             found[value] = best
     return found
 
@@ -193,7 +193,9 @@ def loss_axis(axes: Sequence[Axes], losses: np.ndarray) -> None:
 def title(ax: Axes, *parts: str) -> None:
     """A panel's title, in lines that fit it, broken between parts."""
     text = " · ".join(filter(None, parts)).replace(" ", HARD).replace(f"{HARD}·{HARD}", f"{HARD}· ")
-    ax.set_title(textwrap.fill(text, TITLE_WIDTH, break_on_hyphens=False).replace(HARD, " "), fontsize=9)
+    ax.set_title(
+        textwrap.fill(text, TITLE_WIDTH, break_on_hyphens=False).replace(f"{HARD}·\n", "\n").replace(HARD, " "), fontsize=9
+    )
 
 
 def sequential(count: int) -> list[Any]:
@@ -202,19 +204,11 @@ def sequential(count: int) -> list[Any]:
 
 
 def identity(table: pd.DataFrame) -> str:
-    """What all trials have in common, for a corner of the figure."""
+    """What all trials have in common."""
     names = (
-        "task.dataset",
-        "task.kind",
-        "optimizer",
-        "parameterization",
-        "depth",
-        "width",
-        "richness",
-        "batch_size",
-        "eta",
-        "num_steps",
-    )
+        "task.dataset", "task.kind", "optimizer", "parameterization",
+        "depth", "width", "richness", "batch_size", "eta", "num_steps",
+    )  # fmt: skip
     same = {name: distinct(table[name])[0] for name in names if name in table and len(distinct(table[name])) == 1}
     if "task.dataset" in same:
         same.pop("task.kind", None)
@@ -258,7 +252,9 @@ def log_axis(ax: Axes, which: str, values: Iterable[float]) -> None:
         if value >= 0.999 * ticks[-1] * apart:
             ticks.append(value)
     powers = all(map(_is_power_of_two, values)) and values[-1] / values[0] > 64
-    axis.set_ticks(ticks, [_power(2, math.log2(value)) if powers else number(value) for value in ticks], fontsize=9)
+    axis.set_ticks(
+        ticks, [_power(2, math.log2(value)) if powers else number(float(f"{value:.3g}")) for value in ticks], fontsize=9
+    )
     axis.set_minor_locator(NullLocator())
 
 

@@ -104,8 +104,8 @@ def _loss_norm(study: Study, values: np.ndarray) -> Normalize:
 
 
 def _slopes(ax: Axes, table: pd.DataFrame) -> list[str]:
-    """Lines of fitted powers of the richness, and dashed through their middles the theory's; both as text. Of raw learning rates
-    alone, as others are scaled with the richness already."""
+    """Lines of fitted powers of the richness, and dashed through their middles the theory's; both as text. Of raw learning
+    rates alone, as others are scaled with the richness already."""
     if set(table["rate_rule"]) != {"raw"}:
         return []
     found = richness_slopes(table)

@@ -105,5 +105,6 @@ def _measured(table: pd.DataFrame, name: str) -> list[Group]:
     if name not in table:
         return []
     found = groups(table, "batch_size", "eta")
-    known = [group.table[group.table[name].notna()] for group in found]
+    # On logarithmic axes; an llc may be negative.
+    known = [group.table[group.table[name].notna() if name == "llc" else group.table[name] > 0] for group in found]
     return [group for group, of in zip(found, known, strict=True) if of["batch_size"].nunique() > 1 and of["eta"].nunique() > 1]
