@@ -77,8 +77,7 @@ def _examine(
         for trial in (artifacts.unexamined(store, trials, curvature) if study.options.keep or curvature else [])
     ]
     errors = _run(measure, calls, settings.runtime)
-    runs = study.runs(settings, trials)
-    return compute(runs, store, place, settings.runtime) if runs else [], errors
+    return compute(runs, store, place, settings.runtime) if (runs := study.runs(settings, trials)) else [], errors
 
 
 def _run(task: Any, calls: list[tuple[Any, ...]], runtime: Runtime) -> list[str]:
@@ -108,8 +107,7 @@ def _publish(study: StudyPlan, settings: Settings, store: Store, ids: list[str],
         try:
             manifest = artifacts.publish_study(study.name, ids, store, study.options.plots, runs)
             result |= places(manifest, store)
-            names = [name for name in result["files"] if name.endswith(".png")]
-            plots = {name: store.read(manifest.address, name) for name in names}
+            plots = {name: store.read(manifest.address, name) for name in result["files"] if name.endswith(".png")}
         except Exception as error:  # a plot that fails: there is a table all the same
             result["errors"].append(f"no plots: {error}")
             heading += f"; no plots: {error}"
@@ -133,15 +131,12 @@ examples:
 
 def main() -> int:
     options = parser(batch_size, EXAMPLES)
-    options.add_argument(
-        "--no-save", action="store_true", help="keep nothing: results go to a folder that is removed at the end"
-    )
+    options.add_argument("--no-save", action="store_true", help="keep nothing: results go to a folder removed at the end")
     given = options.parse_args()
     if given.no_save and given.store:
         options.error("--no-save keeps nothing, in no store; got --store: leave one out")
     arguments = (given.experiment, given.overrides)
-    with tempfile.TemporaryDirectory() if given.no_save else contextlib.nullcontext(given.store) as store:
-        given.store = store
+    with tempfile.TemporaryDirectory() if given.no_save else contextlib.nullcontext(given.store) as given.store:
         command = Command(
             batch_size, plan=lambda settings, _store, _: make_study(settings, *arguments), listing=describe,
             name=lambda study: f"{study.name}: {len(study.trials)} trials", preview=preview, arguments=lambda _: arguments,

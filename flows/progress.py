@@ -1,4 +1,4 @@
-"""Progress of tasks as log lines and progress artifacts, and how Ctrl-C and a cancelled flow run reach them."""
+"""Progress of tasks as log lines and progress artifacts, and how Ctrl-C and the end of their flow run reach them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lambda_hat.chunks import Progress
 from lambda_hat.settings import Settings
 
 STOPPED = "Stopped by Ctrl-C; the same command goes on from here."
-CANCELLED = "The flow run was cancelled; run again with the same parameters, it goes on from here."
+ENDED = "The flow run was cancelled or has ended; run again with the same parameters, it goes on from here."
 
 #: Seconds between two requests to the server about one task.
 SERVER_SECONDS = 3.0
@@ -32,7 +32,7 @@ class Interrupted(Exception):
 
 
 _interrupt = threading.Event()
-_cancelled: set[UUID] = set()  # flow runs
+_ended: set[UUID] = set()  # flow runs
 
 
 def on_interrupt(signum: int, frame: Any) -> None:
@@ -58,7 +58,7 @@ class _Shown:
         self.last = time.monotonic()
 
     def update(self, percent: float | None) -> None:
-        """Shows progress, where there is some to show, and asks whether the flow run was cancelled; rarely."""
+        """Shows progress, where there is some to show, and asks whether the flow run goes on; rarely."""
         now, finished = time.monotonic(), percent == 100 and self.artifact is not None
         if self.task_run is None or self.task_run.flow_run_id is None or (now - self.last < SERVER_SECONDS and not finished):
             return
@@ -71,22 +71,22 @@ class _Shown:
                     client.update_artifact(self.artifact, ArtifactUpdate(data=percent))
                 state = client.read_flow_run(self.task_run.flow_run_id).state
             # A signal reaches neither the threads of a flow run nor workers elsewhere, and who cancels may not send one.
-            if state and (state.is_cancelling() or state.is_cancelled()):
-                _cancelled.add(self.task_run.flow_run_id)
+            if state and (state.is_cancelling() or state.is_final()):
+                _ended.add(self.task_run.flow_run_id)
 
     def check(self) -> None:
-        """Raises Interrupted after Ctrl-C, or if this flow run is known to be cancelled."""
+        """Raises Interrupted after Ctrl-C, or if this flow run is known to have ended."""
         if _interrupt.is_set():
             raise Interrupted(STOPPED)
-        if self.task_run and self.task_run.flow_run_id in _cancelled:
-            raise Interrupted(CANCELLED)
+        if self.task_run and self.task_run.flow_run_id in _ended:
+            raise Interrupted(ENDED)
 
 
 def log_progress(settings: Settings) -> Progress:
     """Progress as lines in the run's log, at most one every `runtime.progress_seconds`, and as a ring in the UI.
 
     Raises:
-      Interrupted: from the callback, after Ctrl-C, and within seconds after the flow run was cancelled.
+      Interrupted: from the callback, after Ctrl-C, and within seconds after the flow run was cancelled or has ended.
     """
     logger, last, shown = get_run_logger(), time.monotonic(), _Shown()
     interval = settings.runtime.progress_seconds

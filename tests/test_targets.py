@@ -32,6 +32,8 @@ from lambda_hat.targets.singular import NormalCrossingData, NormalCrossingSpec, 
 from lambda_hat.targets.superposition import SparseData, SuperpositionSpec
 from lambda_hat.targets.supervised import MlpSpec, TeacherData
 from lambda_hat.training import TrainingSpec
+from lambda_hat.trials.spec import TrialSpec
+from lambda_hat.trials.task import ImagesTask
 
 pytestmark = pytest.mark.usefixtures("library_promotion")
 
@@ -63,6 +65,7 @@ CASES = {
     ),
     "superposition": lambda **k: SuperpositionSpec(data=SparseData(n_data=200, num_features=3), training=SHORT, **k),
     "custom": lambda **k: CustomSpec(path="test_targets:linear_regression", data=DataSpec(n_data=60), **k),
+    "trial": lambda **k: TrialSpec(task=ImagesTask(n_data=100, n_test=20), width=6, batch_size=20, num_steps=40, **k),
     "quadratic": lambda **k: QuadraticSpec(**k),
     "normal_crossing": lambda **k: NormalCrossingSpec(data=NormalCrossingData(noise_scale=1.0), exponents=(1, 1, 0), **k),
     "dln": lambda **k: DeepLinearSpec(data=DeepLinearData(n_data=2000), rank=2, **k),

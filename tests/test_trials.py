@@ -15,8 +15,9 @@ from lambda_hat.spec import InvalidInput
 from lambda_hat.store import Store
 from lambda_hat.targets import AnyTargetSpec
 from lambda_hat.trials import ImagesTask, PolynomialTask, TeacherTask, TrialSpec, to_target, train_trials
-from lambda_hat.trials.engine import batch_indices, fresh_inputs, point_steps
+from lambda_hat.trials.engine import batch_indices, point_steps
 from lambda_hat.trials.network import activations, forward, init_params
+from lambda_hat.trials.program import ADAM_EPS, fresh_inputs
 
 SMALL = ImagesTask(n_data=48, n_test=20)
 DRAW_FRESH = jax.jit(fresh_inputs, static_argnums=(3, 4, 5))
@@ -88,7 +89,7 @@ def train_by_hand(spec, dtype=np.float64):
                 first[layer] = spec.beta1 * first[layer] + (1 - spec.beta1) * gradient
                 second[layer] = spec.beta2 * second[layer] + (1 - spec.beta2) * gradient**2
                 unbiased = second[layer] / (1 - spec.beta2 ** (step + 1))
-                update = first[layer] / (1 - spec.beta1 ** (step + 1)) / (np.sqrt(unbiased) + 1e-8)
+                update = first[layer] / (1 - spec.beta1 ** (step + 1)) / (np.sqrt(unbiased) + ADAM_EPS)
             weights[layer] = weights[layer] - dtype(spec.rates[layer]) * update
     return weights, np.asarray(losses)
 

@@ -105,7 +105,7 @@ def _study(store: Store, options: argparse.Namespace) -> int:
 
 
 def _joined(store: Store, addresses: list[Address]) -> Study:
-    """The trials of all these studies, each once; what a later study measured of one wins."""
+    """The trials of all these studies, each once, with what any of them has measured of it; that of a later one wins."""
     import pandas as pd
 
     from lambda_hat.arrays import unflatten, unpack_arrays
@@ -125,8 +125,8 @@ def _joined(store: Store, addresses: list[Address]) -> Study:
             if name not in columns:
                 columns.insert(place, name)
             place = columns.index(name) + 1
-    table = pd.concat(tables, ignore_index=True)[columns].drop_duplicates("trial_id", keep="last")
-    return Study(table.reset_index(drop=True), curves)
+    together = pd.concat(tables, ignore_index=True)[columns]
+    return Study(together.groupby("trial_id", sort=False, as_index=False).last(), curves)  # of each, the last known
 
 
 def _plots(study: Study, options: argparse.Namespace) -> int:

@@ -79,10 +79,12 @@ def places(manifest: Manifest, store: Store) -> dict[str, Any]:
 
 def failures(result: Mapping[str, Any]) -> str:
     """What failed, in a sentence."""
-    return (
-        f"{result['num_failed']} of {result['num_trials']} trials and {result['runs_failed']} measurements of trained ones "
-        "failed; the same command tries them again."
-    )
+    counts = {
+        f"of {result['num_trials']} trials": result["num_failed"],
+        "measurements of trained networks": result["runs_failed"],
+    }
+    failed = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
+    return f"{failed} failed; the others are finished and kept, and the same command tries again what failed."
 
 
 def text(result: Mapping[str, Any]) -> str:

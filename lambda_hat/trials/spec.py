@@ -42,7 +42,7 @@ class TrialSpec(TargetSpec):
     depth: int = Field(2, ge=2, le=100, description="weight layers L")
     width: int = Field(64, ge=1, description="units N in each hidden layer")
     richness: float = Field(1.0, gt=0, description="gamma: small = lazy, large = rich")
-    optimizer: Literal["sgd", "adam"] = Field("sgd", description="Optax optimizer")
+    optimizer: Literal["sgd", "adam"] = Field("sgd", description="Optax optimizer; adam with an epsilon near 0")
     momentum: float = Field(0.0, ge=0, lt=1, description="of sgd: gradients add up with this decay")
     beta1: float = Field(0.9, ge=0, lt=1, description="of adam: decay of the mean of the gradients")
     beta2: float = Field(0.999, ge=0, lt=1, description="of adam: decay of the mean of their squares")

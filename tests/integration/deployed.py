@@ -102,6 +102,12 @@ class Terminals:
         )
         return done.raise_for_status().json()
 
+    def kill(self) -> None:
+        """What was started last, by SIGKILL."""
+        process = self.running.pop()
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
     def close(self) -> None:
         """Stops workers first, as they would wait for the server; and whatever they have left."""
         for process in reversed(self.running):

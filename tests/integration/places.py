@@ -31,11 +31,10 @@ def processes(group: int) -> dict[int, str]:
 class Place:
     """One store, and the program that fills it; `python flows/sweep.py` in a process group of its own."""
 
-    def __init__(self, folder: Path, name: str, settings: Path) -> None:
-        self.store, self.settings = Store(str(folder / name)), settings
+    def __init__(self, folder: Path, name: str, settings: Path, uri: str = "") -> None:
+        self.store, self.settings = Store(uri or str(folder / name)), settings
         self.logs, self.name = folder, name
         self.environment = environment(folder)
-        self.before: list[str] = []  # words before the command
         self.count = 0
 
     @contextlib.contextmanager
@@ -44,7 +43,6 @@ class Place:
         self.count += 1
         log = self.logs / f"{self.name}-{self.count}.log"
         command = [
-            *self.before,
             sys.executable,
             "flows/sweep.py",
             "--json",

@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import signal
 import sys
+import time
 
 import pytest
 from prefect import flow, task
@@ -11,6 +13,7 @@ from programs import environment, free_ports, wait_for
 from sweeps import Sweeps, prefect_server, program
 
 from flows.engines import engine, final_state
+from flows.progress import ENDED
 from lambda_hat.settings import Runtime
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -68,6 +71,22 @@ def test_a_standing_cluster_gives_the_numbers_of_threads(sweeps, cluster):
     assert failed.status == 1
     assert [row["status"] for row in failed.rows] == ["failed", "cached"]
     assert "FloatingPointError" in failed.rows[0]["remedy"]
+
+
+def test_ctrl_c_stops_the_workers_of_a_standing_cluster(sweeps, cluster):
+    """What they run, at the end of a chunk; the next sweep does not wait for it."""
+    address, logs = cluster
+    on_dask = {"LAMBDA_HAT_RUNTIME__ENGINE": "dask", "LAMBDA_HAT_RUNTIME__DASK_ADDRESS": address}
+    overrides = "target=bowl", "sampler=sgld", "sampler.num_draws=10000000"  # far longer than this waits
+    with sweeps.start("stopped", *overrides, **on_dask) as process:
+        store = sweeps.folder / "stopped"
+        wait_for(lambda: any(store.glob("targets/*/runs/*/checkpoint")), process, sweeps.log("stopped"))
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+    deadline = time.monotonic() + 30
+    while not any(f"Interrupted: {ENDED}" in log.read_text() for log in logs):
+        assert time.monotonic() < deadline, [log.read_text()[-2000:] for log in logs]
+        time.sleep(0.1)
 
 
 @task

@@ -14,7 +14,7 @@ import slurm
 from deployed import Terminals, documented, flow_run_id, terminals, wait_for
 from programs import CHECKOUT
 
-from flows.progress import CANCELLED
+from flows.progress import ENDED
 from lambda_hat import artifacts
 from lambda_hat.manifest import diagnosis_address, run_address, target_address
 from lambda_hat.plan import make_plan
@@ -128,7 +128,7 @@ def test_a_cancelled_sweep_stops_and_goes_on(reader, store):
     reader.type(documented("Running a sweep")[2])
     assert wait_until_final(reader, reader.environment["FLOW_RUN_ID"])["state_name"] == "Cancelled"
     # It ended by itself, and not by the SIGKILL that follows half a minute later.
-    assert wait_for(lambda: reader.type(documented("Running a sweep")[1]).count(f"Interrupted: {CANCELLED}"), "the log")
+    assert wait_for(lambda: reader.type(documented("Running a sweep")[1]).count(f"Interrupted: {ENDED}"), "the log")
     assert not any(store.exists(run_address(spec.target_id, spec.run_id)) for spec in planned)
     share = min(draws(spec) / (spec.sampler.num_burnin_draws + spec.sampler.num_draws) for spec in planned)
     assert share > 0.03

@@ -69,12 +69,15 @@ def run(reader) -> str:
 
 
 @pytest.fixture(scope="module")
-def picture(page) -> Callable[[str], None]:
-    """Keeps what the page shows as ui-NAME.png in the folder UI_PICTURES, if there is one."""
+def picture(page, store) -> Callable[[str], None]:
+    """Keeps what the page shows as ui-NAME.png in the folder UI_PICTURES, where that is set; without the test's own path."""
+    shorten = "path => document.querySelectorAll('code').forEach(code => code.innerText = code.innerText.replace(path, '~'))"
 
     def picture(name: str) -> None:
         if folder := os.environ.get("UI_PICTURES"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
             page.wait_for_timeout(3000)  # until what moves has come to rest
+            page.evaluate(shorten, str(Path(store.uri).parent))
             image = Image.open(BytesIO(page.screenshot())).convert("P", palette=Image.Palette.ADAPTIVE)
             image.save(Path(folder) / f"ui-{name}.png", optimize=True)
 

@@ -1,0 +1,170 @@
+"""Sequences of tokens, what a policy says of each token, and the policy-gradient loss that weighs them.
+
+Arrays are tokens, never text: a sequence is a prompt and its completion, padded on the right. The token at t is predicted by
+the logits at t - 1. Everything takes the policy as `apply`: (params, tokens_BT) -> logits_BTV, causal, with float32 logits or
+better where precision matters. Large arrays that it needs besides `params` (a frozen base model under adapters) do not become
+constants of the compiled programs if it is a `jax.tree_util.Partial` that holds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from lambda_hat.spec import InvalidInput
+from lambda_hat.target import Params
+
+#: (params, tokens_BT) -> logits_BTV.
+Apply = Callable[[Params, jax.Array], jax.Array]
+
+#: Advantages up to this count as zero: rewards that are equal but for rounding.
+TOLERANCE = 1e-6
+
+
+class Batch(NamedTuple):
+    """Sequences as the device sees them: int32 tokens, and which of them are the completion's, the end token included."""
+
+    tokens_BT: Any
+    mask_BT: Any
+
+
+class Sequences(NamedTuple):
+    """Sequences with what is known of them, on the host.
+
+    prompt_ids: (B,). rewards, advantages: (B,), NaN where a sequence has none. provenance: for each sequence what else belongs
+    to it (id, text, checkpoint, seed, ...), plain data.
+    """
+
+    batch: Batch
+    prompt_ids: np.ndarray
+    rewards: np.ndarray
+    advantages: np.ndarray
+    provenance: tuple[Mapping[str, Any], ...]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each completion, (B,)."""
+        return np.sum(self.batch.mask_BT, axis=1)
+
+
+class TokenStats(NamedTuple):
+    """Of each completion token: its log-probability, and the entropy in nats of the distribution it was drawn from.
+
+    Both (B, T), 0 elsewhere. The surprisal is -logp_BT.
+    """
+
+    logp_BT: Any
+    entropies_BT: Any
+
+
+class Advantages(NamedTuple):
+    """Group-relative advantages, (prompts, completions), and which groups have none to speak of, (prompts,)."""
+
+    advantages_BG: np.ndarray
+    flat_B: np.ndarray
+
+
+def check_batch(batch: Batch) -> Batch:
+    """The batch on the host, as int32 tokens and a mask of bool.
+
+    Raises:
+      InvalidInput: shapes differ, or a completion is empty, is not one run of tokens, or has no token before it.
+    """
+    tokens, mask = np.asarray(batch.tokens_BT), np.asarray(batch.mask_BT).astype(bool)
+    if tokens.ndim != 2 or tokens.shape != mask.shape:
+        raise InvalidInput(
+            f"Tokens and mask must have one shape (sequences, length); got {tokens.shape} and {mask.shape}. Pad on the right."
+        )
+    runs = np.sum(np.diff(mask.astype(np.int8), axis=1) == 1, axis=1)
+    wrong = np.flatnonzero(mask[:, 0] | (runs != 1))
+    if wrong.size:
+        raise InvalidInput(
+            "A completion must be one run of at least one token after a prompt of at least one; got the mask "
+            f"{mask[wrong[0]].astype(int).tolist()} for sequence {wrong[0]}. Begin prompts with a start token."
+        )
+    return Batch(tokens.astype(np.int32), mask)
+
+
+def pad_batch(batch: Batch, multiple: int) -> Batch:
+    """The batch with empty sequences at its end, to a multiple of sequences: they have no completion and add nothing."""
+    rest = -len(batch.tokens_BT) % multiple
+    return Batch(*(jnp.pad(jnp.asarray(array), ((0, rest), (0, 0))) for array in batch))
+
+
+def as_partial(apply: Apply) -> Partial:
+    """The policy as a pytree, so that arrays which it holds are arguments of compiled programs."""
+    return apply if isinstance(apply, Partial) else Partial(apply)
+
+
+def token_stats(apply: Apply, params: Params, batch: Batch) -> TokenStats:
+    """Log-probabilities and exact token entropies of the completions, at least in float32; traceable."""
+    tokens_BT, mask_BT = jnp.asarray(batch.tokens_BT), jnp.asarray(batch.mask_BT)
+    logits_BTV = apply(params, tokens_BT)[:, :-1]
+    logits_BTV = logits_BTV.astype(np.promote_types(logits_BTV.dtype, jnp.float32))
+    logp_BTV = jax.nn.log_softmax(logits_BTV)
+    logp_BT = jnp.take_along_axis(logp_BTV, tokens_BT[:, 1:, None], axis=-1)[..., 0]
+    entropies_BT = -jnp.sum(jnp.exp(logp_BTV) * logp_BTV, axis=-1)
+    first = ((0, 0), (1, 0))
+    return TokenStats(*(jnp.where(mask_BT, jnp.pad(array, first), 0) for array in (logp_BT, entropies_BT)))
+
+
+@jax.jit
+def _token_stats(apply: Partial, params: Params, chunks: Batch) -> TokenStats:
+    return jax.lax.map(lambda chunk: token_stats(apply, params, chunk), chunks)
+
+
+def all_token_stats(apply: Apply, params: Params, batch: Batch, chunk_size: int = 64) -> TokenStats:
+    """`token_stats` on the host, `chunk_size` sequences at a time."""
+    size = len(batch.tokens_BT)
+    stats = _token_stats(as_partial(apply), params, in_chunks(batch, chunk_size))
+    return TokenStats(*(np.asarray(array).reshape(-1, array.shape[-1])[:size] for array in stats))
+
+
+def in_chunks(batch: Batch, chunk_size: int) -> Batch:
+    """The batch, padded, as (chunks, chunk_size, T)."""
+    padded = pad_batch(batch, chunk_size)
+    return Batch(*(array.reshape(-1, chunk_size, array.shape[-1]) for array in padded))
+
+
+def group_advantages(rewards_BG: np.ndarray, tolerance: float = TOLERANCE) -> Advantages:
+    """A_bg = r_bg - mean_g r, in float64. A group is flat if max_g |A| <= tolerance: it teaches nothing.
+
+    Args:
+      rewards_BG: a row for each prompt of the update, a column for each of its completions.
+    """
+    rewards_BG = np.asarray(rewards_BG, np.float64)
+    advantages_BG = rewards_BG - np.mean(rewards_BG, axis=1, keepdims=True)
+    return Advantages(advantages_BG, np.max(np.abs(advantages_BG), axis=1) <= tolerance)
+
+
+def loss_weights(advantages_N: np.ndarray, lengths_N: np.ndarray, group_size: int) -> np.ndarray:
+    """w of each sequence, (N,) in float64, such that the loss is -sum_i w_i sum_t log p(token t of sequence i).
+
+    The loss is -sum_t A log p_t / (G Lmax_b) of all sequences of prompt b, G of them with completions of at most Lmax_b tokens,
+    averaged over the prompts. The sequences of a prompt are consecutive.
+
+    Raises:
+      InvalidInput: the number of sequences is no multiple of the group size.
+    """
+    if len(advantages_N) % group_size or len(advantages_N) != len(lengths_N):
+        raise InvalidInput(
+            f"An update has group_size={group_size} sequences of every prompt, each with a length; got {len(advantages_N)} "
+            f"sequences and {len(lengths_N)} lengths. Leave out prompts whose group is not whole."
+        )
+    longest_B = np.max(np.reshape(lengths_N, (-1, group_size)), axis=1)
+    return np.asarray(advantages_N, np.float64) / (group_size * np.repeat(longest_B, group_size) * len(longest_B))
+
+
+def policy_loss(apply: Apply, params: Params, batch: Batch, weights_B: jax.Array) -> jax.Array:
+    """-sum_i w_i sum_t log p_it, with the weights of `loss_weights`; traceable."""
+    return -jnp.sum(weights_B * jnp.sum(token_stats(apply, params, batch).logp_BT, axis=1))
+
+
+def moved(params: Params, direction: Params, eta: jax.Array) -> Params:
+    """theta + eta d, each tensor in its own dtype; traceable."""
+    return jax.tree.map(lambda p, d: p + eta.astype(p.dtype) * d.astype(p.dtype), params, direction)

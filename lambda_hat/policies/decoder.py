@@ -1,0 +1,210 @@
+"""A decoder-only transformer of the shape of Llama and Qwen2, whole or a few tokens at a time with a cache.
+
+With n(x) = s * x / sqrt(mean(x^2) + epsilon) (RMSNorm, scale s), the residual stream x of a token at position t goes through
+
+  x <- x + W_o attention(n(x)),   x <- x + W_down (silu(W_gate n(x)) * W_up n(x))
+
+in each layer, and its logits are W_u n(x), W_u being the embedding's transpose where embeddings are tied. Query head h attends
+to key and value head h // (num_heads / num_kv_heads) (grouped-query attention, arXiv 2305.13245). Queries and keys of dimension
+D are rotated by position (RoPE, arXiv 2104.09864): coordinates i and i + D/2 together, by the angle t rope_base^(-2i/D). This
+is the half-split order of Hugging Face's `rotate_half`; weights made for neighbouring pairs (2i, 2i+1), as in GGUF files of
+Llama, need their rows of queries and keys permuted first.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Self
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+from pydantic import Field, model_validator
+
+from lambda_hat.spec import Spec
+from lambda_hat.target import Params
+
+#: Of a linear map W, (in, out): A, (in, rank), and B, (rank, out); the map is then W + A B. By the name of its module.
+Adapters = Mapping[str, tuple[jax.Array, jax.Array]]
+
+
+class DecoderSpec(Spec):
+    """A decoder; its vocabulary comes from the tokenizer."""
+
+    width: int = Field(32, ge=2, description="dimension of the residual stream")
+    num_layers: int = Field(2, ge=1, le=1000, description="layers of attention and MLP")
+    num_heads: int = Field(4, ge=1, description="query heads, each of dimension width / num_heads")
+    num_kv_heads: int = Field(2, ge=1, description="key and value heads, each shared by num_heads / num_kv_heads query heads")
+    mlp_width: int = Field(64, ge=1, description="hidden units of the gated MLP (SwiGLU)")
+    rope_base: float = Field(10_000.0, gt=1, description="base of the rotary embedding's wavelengths")
+    norm_epsilon: float = Field(1e-6, gt=0, description="added to the mean square in RMSNorm")
+    attention_bias: bool = Field(False, description="whether queries, keys and values have biases, as in Qwen2")
+    tied_embeddings: bool = Field(False, description="whether the logits are products with the tokens' own embeddings")
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.width % (2 * self.num_heads):
+            raise ValueError(
+                f"width must be an even multiple of num_heads, {self.num_heads}, since rotations take pairs of coordinates; "
+                f"got {self.width}"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads must be a multiple of num_kv_heads, {self.num_kv_heads}; got {self.num_heads}")
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        """Dimension D of a head."""
+        return self.width // self.num_heads
+
+
+class Cache(NamedTuple):
+    """Keys, rotated, and values of the positions so far: (layers, B, S, kv heads, D), S being the longest sequence."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+class Adapted(NamedTuple):
+    """Parameters with adapters, which a decoder's functions take as parameters too."""
+
+    params: Params
+    adapters: Adapters
+
+
+#: (params, tokens_BT) -> logits_BTV; those at t depend on the tokens up to t.
+Apply = Callable[[Params, jax.Array], jax.Array]
+
+#: (params, cache, tokens_BT, starts_B) -> (logits_BTV, cache), of tokens at positions starts_b, starts_b + 1, ... below S. A
+#: token sees what the cache holds up to its own position, so positions are filled without gaps; what lies beyond, such as
+#: padding, is overwritten in time.
+Step = Callable[[Params, Cache, jax.Array, jax.Array], tuple[jax.Array, Cache]]
+
+
+class Decoder(NamedTuple):
+    """The network as pure functions. Parameters are {module: {name: array}}, weights (in, out).
+
+    init: rng_key -> params, float32. init_cache: (B, S, dtype) -> an empty cache.
+    """
+
+    init: Any
+    apply: Apply
+    step: Step
+    init_cache: Any
+
+
+@functools.cache
+def decoder(spec: DecoderSpec, vocab_size: int) -> Decoder:
+    """Cached, so that equal specs give the same functions and compile once."""
+
+    def forward(
+        tokens_BT: jax.Array, positions_BT: jax.Array, cache: Cache | None, adapters: Adapters
+    ) -> tuple[jax.Array, Cache | None]:
+        def adapt(next_f: Any, args: tuple, kwargs: dict, context: Any) -> jax.Array:
+            out = next_f(*args, **kwargs)
+            if context.method_name != "__call__" or context.module.module_name not in adapters:
+                return out
+            a, b = adapters[context.module.module_name]
+            return out + (args[0] @ a) @ b
+
+        embed = hk.Embed(vocab_size, spec.width, w_init=_normal(spec.width), name="embedding")
+        x = embed(tokens_BT)
+        caches = []
+        with hk.intercept_methods(adapt):
+            for layer in range(spec.num_layers):
+                own = None if cache is None else Cache(cache.keys[layer], cache.values[layer])
+                with hk.name_scope(f"layer_{layer}"):
+                    out, own = _attention(spec, _rms_norm(spec, "attention_norm", x), positions_BT, own)
+                    x = x + out
+                    h = _rms_norm(spec, "mlp_norm", x)
+                    h = jax.nn.silu(_linear("gate", spec.mlp_width, h)) * _linear("up", spec.mlp_width, h)
+                    x = x + _linear("down", spec.width, h)
+                caches.append(own)
+            x = _rms_norm(spec, "norm", x)
+            logits = x @ embed.embeddings.T if spec.tied_embeddings else _linear("unembedding", vocab_size, x)
+        return logits, None if cache is None else jax.tree.map(lambda *parts: jnp.stack(parts), *caches)
+
+    network: Any = hk.without_apply_rng(hk.transform(forward))
+
+    def call(params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, cache: Cache | None) -> tuple[jax.Array, Any]:
+        params, adapters = params if isinstance(params, Adapted) else (params, {})
+        return network.apply(params, tokens_BT, positions_BT, cache, adapters)
+
+    def init(rng_key: jax.Array) -> Params:
+        zeros = jnp.zeros((1, 1), jnp.int32)
+        return network.init(rng_key, zeros, zeros, None, {})
+
+    def apply(params: Params, tokens_BT: jax.Array) -> jax.Array:
+        positions = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
+        return call(params, tokens_BT, jnp.broadcast_to(positions, tokens_BT.shape), None)[0]
+
+    def step(params: Params, cache: Cache, tokens_BT: jax.Array, starts_B: jax.Array) -> tuple[jax.Array, Cache]:
+        positions = starts_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
+        return call(params, tokens_BT, positions, cache)
+
+    def init_cache(batch: int, length: int, dtype: Any) -> Cache:
+        zeros = jnp.zeros((spec.num_layers, batch, length, spec.num_kv_heads, spec.head_dim), dtype)
+        return Cache(zeros, zeros)
+
+    return Decoder(init, apply, step, init_cache)
+
+
+def _normal(fan_in: int) -> hk.initializers.Initializer:
+    return hk.initializers.TruncatedNormal(1 / math.sqrt(fan_in))
+
+
+def _linear(name: str, width: int, x: jax.Array, with_bias: bool = False) -> jax.Array:
+    return hk.Linear(width, with_bias, w_init=_normal(x.shape[-1]), name=name)(x)
+
+
+class _Scale(hk.Module):
+    def __call__(self, width: int, dtype: Any) -> jax.Array:
+        return hk.get_parameter("scale", (width,), dtype, jnp.ones)
+
+
+def _rms_norm(spec: DecoderSpec, name: str, x: jax.Array) -> jax.Array:
+    wide = x.astype(_at_least_float32(x))
+    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + spec.norm_epsilon)
+    return normed.astype(x.dtype) * jnp.broadcast_to(_Scale(name)(x.shape[-1], x.dtype), x.shape)
+
+
+def _attention(spec: DecoderSpec, x: jax.Array, positions_BT: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+    """Causal attention of x, (B, T, width), to itself or to what the cache of this layer holds by then."""
+    batch, length, _ = x.shape
+    dim, kv_heads = spec.head_dim, spec.num_kv_heads
+
+    def project(name: str, heads: int) -> jax.Array:
+        return _linear(name, heads * dim, x, spec.attention_bias).reshape(batch, length, heads, dim)
+
+    queries = rotate(project("query", spec.num_heads), positions_BT, spec.rope_base)
+    keys = rotate(project("key", kv_heads), positions_BT, spec.rope_base)
+    values = project("value", kv_heads)
+    if cache is not None:
+        write = jax.vmap(lambda old, new, start: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=0))
+        starts = positions_BT[:, 0]
+        cache = Cache(write(cache.keys, keys, starts), write(cache.values, values, starts))
+        keys, values = cache
+    queries = queries.reshape(batch, length, kv_heads, -1, dim)
+    scores = jnp.einsum("btkgd,bskd->bkgts", queries, keys) / math.sqrt(dim)
+    seen_BTS = jnp.arange(keys.shape[1], dtype=jnp.int32)[None, None] <= positions_BT[:, :, None]
+    scores = jnp.where(seen_BTS[:, None, None], scores.astype(_at_least_float32(x)), -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
+    out = jnp.einsum("bkgts,bskd->btkgd", weights, values).reshape(batch, length, -1)
+    return _linear("output", spec.width, out), cache
+
+
+def rotate(x: jax.Array, positions_BT: jax.Array, base: float) -> jax.Array:
+    """The rotary embedding of x, (B, T, heads, D): coordinates i and i + D/2 turned by the angle t base^(-2i/D)."""
+    half, dtype = x.shape[-1] // 2, _at_least_float32(x)
+    frequencies = base ** -(jnp.arange(half, dtype=dtype) / half)
+    angles = positions_BT[..., None, None].astype(dtype) * frequencies[None, None, None]
+    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _at_least_float32(x: jax.Array) -> Any:
+    """Norms, angles and softmax of half precision are computed in float32."""
+    return x.dtype if x.dtype == jnp.float64 else jnp.float32

@@ -1,0 +1,77 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): W + (alpha / rank) A B for named matrices W, of which A and B are trained."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+
+import jax
+import numpy as np
+from pydantic import Field
+
+from lambda_hat.policies.decoder import Adapted, Cache, Decoder
+from lambda_hat.spec import InvalidInput, Spec
+from lambda_hat.target import Params
+
+
+class LoraSpec(Spec):
+    """Which matrices have adapters, and of what rank."""
+
+    rank: int = Field(4, ge=1, description="columns of A and rows of B")
+    alpha: float = Field(8.0, gt=0, description="A B is multiplied by alpha / rank")
+    matrices: tuple[str, ...] = Field(
+        ("*/query", "*/value"), min_length=1, description="names of the modules of the matrices; * stands for any text"
+    )
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+def init_adapters(spec: LoraSpec, params: Params, seed: tuple[int, ...]) -> Params:
+    """Adapters {module: {"a": (in, rank), "b": (rank, out)}} in the parameters' dtype: A from N(0, 1/in), B = 0, so that the
+    network is at first the same.
+
+    Raises:
+      InvalidInput: a name in `spec.matrices` is of no matrix.
+    """
+    matrices = {module: leaves["w"] for module, leaves in params.items() if "w" in leaves}
+    for pattern in spec.matrices:
+        if not fnmatch.filter(matrices, pattern):
+            raise InvalidInput(
+                f"matrices of adapters must be modules of the network; got {pattern!r}, and there are {', '.join(matrices)}. "
+                "Name some of these."
+            )
+    rng = np.random.default_rng(seed)
+    adapters = {}
+    for module, w in matrices.items():
+        if any(fnmatch.fnmatch(module, pattern) for pattern in spec.matrices):
+            a = rng.standard_normal((w.shape[0], spec.rank)) / math.sqrt(w.shape[0])
+            adapters[module] = {"a": a.astype(w.dtype), "b": np.zeros((spec.rank, w.shape[1]), w.dtype)}
+    return adapters
+
+
+def adapted(decoder: Decoder, params: Params, spec: LoraSpec) -> Decoder:
+    """The decoder as a function of the adapters alone: where it takes parameters, `params` stay as they are.
+
+    Programs are compiled for one returned object: keep it. A B is never formed, so that many adapters side by side are cheap.
+    """
+
+    def with_params(adapters: Params) -> Adapted:
+        return Adapted(params, {module: (leaves["a"], spec.scale * leaves["b"]) for module, leaves in adapters.items()})
+
+    def apply(adapters: Params, tokens_BT: jax.Array) -> jax.Array:
+        return decoder.apply(with_params(adapters), tokens_BT)
+
+    def step(adapters: Params, cache: Cache, tokens_BT: jax.Array, starts_B: jax.Array) -> tuple[jax.Array, Cache]:
+        return decoder.step(with_params(adapters), cache, tokens_BT, starts_B)
+
+    return Decoder(decoder.init, apply, step, decoder.init_cache)
+
+
+def merge(spec: LoraSpec, params: Params, adapters: Params) -> Params:
+    """Parameters of the network without adapters that computes the same: W + (alpha / rank) A B."""
+    merged = {module: dict(leaves) for module, leaves in params.items()}
+    for module, leaves in adapters.items():
+        merged[module]["w"] = merged[module]["w"] + spec.scale * (leaves["a"] @ leaves["b"])
+    return merged

@@ -1,0 +1,47 @@
+"""A tokenizer of single characters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from lambda_hat.spec import InvalidInput
+
+#: Ids of padding, of the beginning of a sequence and of its end; characters follow.
+PAD, BOS, EOS = 0, 1, 2
+_FIRST = 3
+
+
+class Tokenizer(NamedTuple):
+    """characters: of the vocabulary, each once, in the order of their ids."""
+
+    characters: str
+
+    @property
+    def vocab_size(self) -> int:
+        """V: the characters and PAD, BOS, EOS."""
+        return len(self.characters) + _FIRST
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the characters, without BOS or EOS.
+
+        Raises:
+          InvalidInput: one is not in the vocabulary.
+        """
+        if unknown := sorted(set(text) - set(self.characters)):
+            raise InvalidInput(
+                f"Text must consist of the tokenizer's characters, {self.characters!r}; got {text!r} with {unknown}. "
+                "Leave them out."
+            )
+        return [self.characters.index(character) + _FIRST for character in text]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids; PAD, BOS and EOS have none."""
+        return "".join(self.characters[int(i) - _FIRST] for i in ids if i >= _FIRST)
+
+
+def padded(rows: list[list[int]], width: int) -> np.ndarray:
+    """The rows filled with PAD on the right, (len(rows), width), int32."""
+    return np.array([row + [PAD] * (width - len(row)) for row in rows], np.int32)
