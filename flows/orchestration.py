@@ -16,7 +16,15 @@ from prefect.states import State
 
 from flows.progress import STOPPED, on_interrupt
 from flows.tasks import open_place
-from lambda_hat.manifest import Address, Manifest, StoreUnavailable, diagnosis_address, run_address, target_address
+from lambda_hat.manifest import (
+    Address,
+    ArtifactError,
+    Manifest,
+    StoreUnavailable,
+    diagnosis_address,
+    run_address,
+    target_address,
+)
 from lambda_hat.run import RunSpec
 from lambda_hat.settings import Settings
 from lambda_hat.spec import InvalidInput
@@ -91,7 +99,7 @@ def command_line(command: Command, options: Any) -> int:
         if options.dry_run:
             print(command.preview(asked, store))
             return 0
-    except (InvalidInput, StoreUnavailable) as error:
+    except (InvalidInput, ArtifactError, StoreUnavailable) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     code = 0
@@ -102,7 +110,11 @@ def command_line(command: Command, options: Any) -> int:
         result: Any = flow(*("" if value is None else value for value in given))
     except RunsFailed as error:
         result, code = error.result, 1
-    except (InvalidInput, StoreUnavailable) as error:  # an engine that does not start, a platform that is not here
+    except (
+        InvalidInput,
+        ArtifactError,
+        StoreUnavailable,
+    ) as error:  # an engine that does not start, a platform that is not here
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

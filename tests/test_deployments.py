@@ -16,6 +16,7 @@ from prefect.flows import load_flow_from_entrypoint
 from prefect.server.schemas.actions import WorkPoolCreate
 from prefect.utilities.schema_tools import is_valid_schema, validate
 
+from lambda_hat.batch_size.plan import make_study
 from lambda_hat.plan import make_plan
 from lambda_hat.settings import load_settings
 
@@ -60,12 +61,18 @@ def test_deployment(path, deployment):
     for chosen in ({}, *(schedule["parameters"] for schedule in deployment.get("schedules", []))):
         parameters = deployment.get("parameters", {}) | chosen
         flow.validate_parameters(parameters)
-        assert make_plan(settings, parameters.get("experiment"), parameters.get("overrides", ()))
+        plan = {"sweep": make_plan, "batch_size": make_study}[flow.name]
+        assert plan(settings, parameters.get("experiment"), parameters.get("overrides", ()))
     pool = deployment["work_pool"]
     assert f"prefect work-pool create {pool['name']} --type " in DOCUMENT
     if queue := pool.get("work_queue_name"):
         assert f"prefect work-queue create {queue} --pool {pool['name']} --limit 1\n" in DOCUMENT
     assert path.name == "containers.yaml" or not validate(pool.get("job_variables", {}), prefects_own("process")["variables"])
+
+
+def test_every_flow_can_be_deployed():
+    deployed = {deployment.values[1]["entrypoint"] for deployment in DEPLOYMENTS if deployment.values[0].name == "prefect.yaml"}
+    assert deployed == {"flows/sweep.py:sweep", "flows/batch_size.py:batch_size"}
 
 
 def test_each_gpu_is_one_queues():

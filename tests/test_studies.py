@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -642,4 +643,28 @@ def test_help(run):
     assert shown.out.count("\n  lambda-hat study") == 4
     assert all(option in shown.out for option in ("--where", "--format", "--plot", "--to", "--report", "--output"))
     assert "process-mnist1m" in run("data", "--help", store_uri=None).out
-    assert "ZIP" in run("data", "process-mnist1m", "--help", store_uri=None).out
+    shown = run("data", "process-mnist1m", "--help", store_uri=None)
+    assert "\n  lambda-hat data process-mnist1m " in shown.out
+    assert all(word in shown.out for word in ("ZIP", "labels", "(n, 28, 28)", "MNIST1M_FOLDER", "--output"))
+
+
+def test_process_mnist1m(run, tmp_path):
+    x, y = np.arange(12 * 784).reshape(12, 784).astype(np.uint8), np.arange(12, dtype=np.uint8) % 10
+    for part in range(2):
+        with zipfile.ZipFile(tmp_path / f"{part}.zip", "w") as archive:
+            for name, array in (("images", x), ("labels", y)):
+                with archive.open(f"{name}.npy", "w") as file:
+                    np.save(file, array[6 * part : 6 * part + 6])
+    result = run("data", "process-mnist1m", "0.zip", "1.zip", store_uri=None)
+    assert (result.status, result.out) == (0, "mnist1m.npz\n")
+    assert result.err == "1 of 2 zips, 6 images\n2 of 2 zips, 12 images\n"
+    with np.load("mnist1m.npz") as found:
+        assert sorted(map(bytes, found["x"])) == sorted(map(bytes, x))
+        assert sorted(found["y"].tolist()) == sorted(y.tolist())
+    for arguments, words in (
+        (["none.zip"], "none.zip cannot be read"),
+        (["0.zip", "--output", "no/such/folder/it.npz"], "--output must be a file that can be written"),
+    ):
+        result = run("data", "process-mnist1m", *arguments, store_uri=None)
+        assert (result.status, result.out) == (2, "")
+        assert words in result.err

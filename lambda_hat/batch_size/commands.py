@@ -49,8 +49,13 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
 
     data = commands.add_parser("data", help="prepare data sets that are not installed with a package")
     process = data.add_subparsers(required=True, metavar="COMMAND").add_parser(
-        "process-mnist1m", parents=[common], help="MNIST-1M: ten zip files to one .npz",
-        description="Reads the zip files of MNIST-1M and writes one .npz; docs/batch-size.md says what they must hold.",
+        "process-mnist1m", parents=[common], help="MNIST-1M: its raw zip files to one file",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Writes the images of MNIST-1M's raw zips, shuffled, to one file, mnist1m.npz.\n\n"
+        'A zip holds files with "images" in their names, each with one that says "labels" instead, in .npy or in MNIST\'s idx\n'
+        "format: unsigned bytes, (n, 28, 28) or (n, 784), and (n,), 0 to 9. Tasks read the file from the folder that the\n"
+        "environment variable MNIST1M_FOLDER names.",
+        epilog="examples:\n  lambda-hat data process-mnist1m raw/*.zip --output ~/data/mnist1m.npz",
     )  # fmt: skip
     process.add_argument("zips", nargs="+", type=Path, metavar="ZIP", help="the zip files, in order")
     process.add_argument("--output", type=Path, default=Path("mnist1m.npz"), metavar="FILE", help="default: mnist1m.npz")
@@ -184,5 +189,11 @@ def _table(study: Study, options: argparse.Namespace) -> int:
 def _process_mnist1m(_store: Store, options: argparse.Namespace) -> int:
     from lambda_hat.data import process_mnist1m
 
-    print(process_mnist1m(options.zips, options.output))
+    def show(done: int, total: int, unit: str, note: str) -> None:
+        print(f"{done} of {total} {unit}, {note}", file=sys.stderr)
+
+    try:
+        print(process_mnist1m(options.zips, options.output, show))
+    except OSError as error:
+        raise InvalidInput(f"--output must be a file that can be written; {error}. Name another place.") from None
     return 0
