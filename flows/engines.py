@@ -16,6 +16,7 @@ from prefect.settings import get_current_settings
 from prefect.states import Crashed, State
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
+from flows.progress import stop_tasks
 from lambda_hat.settings import Runtime
 from lambda_hat.spec import InvalidInput
 
@@ -31,11 +32,16 @@ def engine(runtime: Runtime) -> Iterator[None]:
     """
     context = FlowRunContext.get()
     assert context is not None, "only a running flow submits tasks"
+    assert context.flow_run is not None
     with _task_runner(runtime) as runner:
         if runtime.engine != "threads":
             _start(runner, runtime)
-        with context.model_copy(update={"task_runner": runner}):
-            yield
+        try:
+            with context.model_copy(update={"task_runner": runner}):
+                yield
+        except BaseException:  # Ctrl-C, SIGTERM, an error of the flow itself
+            stop_tasks(context.flow_run.id)
+            raise
 
 
 def _task_runner(runtime: Runtime) -> TaskRunner[Any]:

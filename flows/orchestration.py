@@ -103,7 +103,8 @@ def command_line(command: Command, options: Any) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     code = 0
-    signal.signal(signal.SIGINT, on_interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_interrupt)
     try:
         given = (*command.arguments(options), options.store, options.settings)
         flow = command.flow.with_options(flow_run_name=command.name(asked))

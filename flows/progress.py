@@ -1,10 +1,9 @@
-"""Progress of tasks as log lines and progress artifacts, and how Ctrl-C and the end of their flow run reach them."""
+"""Progress of tasks as log lines and progress artifacts, and how the end of their flow run reaches them."""
 
 from __future__ import annotations
 
 import os
 import sys
-import threading
 import time
 from contextlib import suppress
 from typing import Any
@@ -20,7 +19,7 @@ from prefect.settings import get_current_settings
 from lambda_hat.chunks import Progress
 from lambda_hat.settings import Settings
 
-STOPPED = "Stopped by Ctrl-C; the same command goes on from here."
+STOPPED = "Stopped; the same command goes on from here."
 ENDED = "The flow run was cancelled or has ended; run again with the same parameters, it goes on from here."
 
 #: Seconds between two requests to the server about one task.
@@ -31,21 +30,24 @@ class Interrupted(Exception):
     """The user asked to stop; what is unfinished goes on from its checkpoint when the sweep is called again."""
 
 
-_interrupt = threading.Event()
 _ended: set[UUID] = set()  # flow runs
 
 
 def on_interrupt(signum: int, frame: Any) -> None:
-    """For SIGINT: running tasks end with their current chunk; with the embedded server, everything ends at once."""
+    """For SIGINT, and for SIGTERM once the flow run has ended by it: everything ends, the embedded server too."""
     if get_current_settings().api.url is None:
         # The same Ctrl-C has ended the embedded server, and Prefect would try for minutes to send it its last events.
         # Nothing is lost: artifacts are published whole, and sampling has a recent checkpoint.
         print(STOPPED, file=sys.stderr, flush=True)
         if server := sys.modules.get("prefect.server.api.server"):  # else none has been started, and importing it takes long
             server.SubprocessASGIServer().stop()
-        os._exit(130)
-    _interrupt.set()  # for the tasks' threads, which no signal reaches
+        os._exit(128 + signum)
     raise KeyboardInterrupt
+
+
+def stop_tasks(flow_run_id: UUID) -> None:
+    """Those of this process end with their current chunk: no signal reaches their threads, and the flow run waits for them."""
+    _ended.add(flow_run_id)
 
 
 class _Shown:
@@ -75,9 +77,7 @@ class _Shown:
                 _ended.add(self.task_run.flow_run_id)
 
     def check(self) -> None:
-        """Raises Interrupted after Ctrl-C, or if this flow run is known to have ended."""
-        if _interrupt.is_set():
-            raise Interrupted(STOPPED)
+        """Raises Interrupted if this flow run is known to have ended."""
         if self.task_run and self.task_run.flow_run_id in _ended:
             raise Interrupted(ENDED)
 
@@ -86,7 +86,7 @@ def log_progress(settings: Settings) -> Progress:
     """Progress as lines in the run's log, at most one every `runtime.progress_seconds`, and as a ring in the UI.
 
     Raises:
-      Interrupted: from the callback, after Ctrl-C, and within seconds after the flow run was cancelled or has ended.
+      Interrupted: from the callback, within seconds after the flow run was cancelled or has ended, by Ctrl-C say.
     """
     logger, last, shown = get_run_logger(), time.monotonic(), _Shown()
     interval = settings.runtime.progress_seconds

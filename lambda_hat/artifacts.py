@@ -87,6 +87,11 @@ def load_target(store: Store, target_id: str, checkpoint: int | None = None) -> 
         raise ArtifactError(f"A target must be built before it is sampled; {target_id} is not in {store.uri}. Run the sweep.")
     metrics = metrics_at(manifest.summary, checkpoint)
     spec: TargetSpec = TypeAdapter(AnyTargetSpec).validate_json(json.dumps(manifest.spec), strict=True)
+    if spec.target_id != target_id:  # it may name a function to call: none but that of the spec which was asked for
+        raise ArtifactError(
+            f"A target's spec must be the one its id is made from; that of {target_id} in {store.uri} gives {spec.target_id}. "
+            "Build it again, with this version of lambda_hat, in another store."
+        )
     parts = ("params" if checkpoint is None else _checkpoint_name(checkpoint), "samples", "constants", "history", "observables")
     params, samples, constants, history, observables = (unpack_arrays(store.read(address, f"{part}.npz")) for part in parts)
     return Target(

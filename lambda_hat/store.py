@@ -261,9 +261,10 @@ class Store:
                 yield self._storage.shown(path), num_bytes
         for shown, begun, abort in self._storage.uploads():
             if begun <= before:
-                if not dry_run:
-                    abort()
-                yield shown, 0
+                with contextlib.suppress(FileNotFoundError):  # finished or ended meanwhile
+                    if not dry_run:
+                        abort()
+                    yield shown, 0
 
     def _left_behind(self) -> Iterator[tuple[str, list[str]]]:
         """Files and folders of attempts that no manifest names or needs, and the files in each."""

@@ -58,7 +58,7 @@ def test_deployment(path, deployment):
     """Its flow is there, its parameters and those of its schedules are the flow's and make a plan, its queue is made."""
     flow = load_flow_from_entrypoint(str(ROOT / deployment["entrypoint"]))
     settings = load_settings(str(ROOT / "settings.toml"))
-    for chosen in ({}, *(schedule["parameters"] for schedule in deployment.get("schedules", []))):
+    for chosen in ({}, *(schedule.get("parameters", {}) for schedule in deployment.get("schedules", []))):
         parameters = deployment.get("parameters", {}) | chosen
         flow.validate_parameters(parameters)
         plan = {"sweep": make_plan, "batch_size": make_study}[flow.name]

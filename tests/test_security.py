@@ -19,7 +19,8 @@ from moto.server import ThreadedMotoServer
 from prefect.settings import Settings
 
 from flows import sweep
-from lambda_hat.manifest import run_address, target_address
+from lambda_hat import artifacts
+from lambda_hat.manifest import ArtifactError, run_address, target_address
 from lambda_hat.run import RunSpec
 from lambda_hat.store import Store
 
@@ -179,3 +180,13 @@ def test_a_store_does_not_choose_what_is_called(tmp_path, arguments, capsys, mon
     monkeypatch.setattr(sys, "argv", [*command, "--dry-run"])
     assert sweep.main() == 0
     assert not witness.exists()
+
+
+def test_a_target_is_what_its_id_says(tmp_path):
+    """Or the store would choose what is called for a target of one's own."""
+    store = Store(str(tmp_path))
+    mine = RunSpec.from_dict({"target": {"family": "quadratic"}, "sampler": {"kind": "hmc"}}).target
+    other = mine.from_dict({"seed": 7}).model_dump(mode="json")
+    store.publish(target_address(mine.target_id), {}, spec=other, summary={})
+    with pytest.raises(ArtifactError, match="must be the one its id is made from"):
+        artifacts.load_target(store, mine.target_id)

@@ -157,8 +157,8 @@ def test_schedules(reader):
     reader.type(resume)
     assert schedules("nightly")[0]["active"]
     runs = wait_for(lambda: reader.api("flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}), "runs")
-    # Those of the schedule over those of the deployment.
-    assert all(run["parameters"] | nightly["parameters"] == run["parameters"] for run in runs), runs[0]["parameters"]
+    parameters = {"experiment": "default", "overrides": ["target.seed=range(0,3)"]}
+    assert all(run["parameters"] == parameters for run in runs), runs[0]["parameters"]
     reader.type(pause)
     assert not schedules("nightly")[0]["active"]
     reader.type(create)

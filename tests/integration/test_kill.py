@@ -5,9 +5,10 @@ import signal
 from pathlib import Path
 
 import pytest
-from places import Place, made
-from programs import NUMBERS
+from places import Place, made, processes
+from programs import NUMBERS, wait_for
 
+from flows.progress import STOPPED
 from lambda_hat import artifacts, report
 from lambda_hat.cli import main
 from lambda_hat.manifest import Address, diagnosis_address, run_address
@@ -130,3 +131,18 @@ def test_killed_sweeps_end_as_undisturbed_ones(tmp_path, capsys):
         assert traces[0] == traces[1], spec
     assert main(["verify", "--store", killed.store.uri, "--settings", str(settings)]) == 0
     assert capsys.readouterr().out.startswith(f"{total} artifacts checked, 0 damaged")
+
+
+def test_sigterm_ends_a_sweep_and_its_server(tmp_path):
+    """As systemd, Slurm or `docker stop` send it, to the sweep's own process alone."""
+    settings = tmp_path / "settings.toml"
+    settings.write_text(SETTINGS.format(folder=tmp_path).replace("num_draws = 6000", "num_draws = 10000000"))
+    place = Place(tmp_path, "terminated", settings)
+    with place.sweep() as (process, log):
+        wait_for(lambda: place.has(CHECKPOINTS), process, log)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+        assert processes(process.pid) == {}
+    assert log.read_text().count(STOPPED) == 1
+    place.published()
+    assert place.has(CHECKPOINTS)
