@@ -20,7 +20,7 @@ from lambda_hat.entropy.adamw import (
     sequence_gradients,
     take_apart,
 )
-from lambda_hat.entropy.sequences import Batch, policy_loss
+from lambda_hat.policies.objective import policy_loss
 from lambda_hat.spec import InvalidInput
 
 BATCH = batch_of([1, 2, 3, 0], [1, 2, 0], [1, 3, 2, 2, 0], [1, 3, 1, 1, 1], [1, 1, 2, 0])
@@ -49,19 +49,19 @@ def decays(params):
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
-@pytest.mark.parametrize("x64", [True, False])
-@pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("max_norm", [math.inf, 0.05])
+@pytest.mark.parametrize(
+    ("x64", "masked", "max_norm"), [(True, False, math.inf), (True, True, 0.05), (False, False, 0.05), (False, True, math.inf)]
+)
 def test_equals_optax(x64, masked, max_norm):
     with jax.enable_x64(x64):
         dtype, tolerance = (np.float64, 1e-12) if x64 else (np.float32, 5e-7)
         apply, params = tiny_policy(dtype)
         hyper = AdamW(0.9, 0.99, 1e-6, 0.1, max_norm)
         mask = decays(params) if masked else None
-        adamw = optax.adamw(ETA, hyper.beta1, hyper.beta2, hyper.eps, weight_decay=hyper.weight_decay, mask=mask)
+        adamw = optax.adamw(ETA, hyper.beta1, hyper.beta2, hyper.epsilon, weight_decay=hyper.weight_decay, mask=mask)
         optimizer = adamw if max_norm == math.inf else optax.chain(optax.clip_by_global_norm(max_norm), adamw)
         step = jax.jit(optimizer.update)
-        state = optimizer.init(params)
+        state = jax.jit(optimizer.init)(params)
         for number in range(6):
             batch = batch_of(*(np.roll(row, number) for row in BATCH.tokens_BT))
             gradient = aggregate_gradient(apply, params, batch, WEIGHTS, chunk_size=2)
@@ -87,7 +87,7 @@ def test_gradients_add_up_in_any_chunks():
     for chunk_size in (2, 8):
         assert worst(aggregate_gradient(apply, params, BATCH, WEIGHTS, chunk_size), whole) < 1e-13
     # One gradient by itself is the definition's.
-    alone = jax.jit(jax.grad(lambda params: policy_loss(apply, params, Batch(*(array[1:2] for array in BATCH)), WEIGHTS[1:2])))
+    alone = jax.jit(jax.grad(lambda params: policy_loss(apply, params, *(array[1:2] for array in BATCH), WEIGHTS[1:2])))
     assert worst(jax.tree.map(lambda leaf: leaf[1], each), alone(params)) < 1e-13
 
 
@@ -95,7 +95,7 @@ def test_no_gradient_is_all_baseline():
     apply, params = tiny_policy()
     optimizer = optax.adamw(ETA, weight_decay=0.1)
     gradient = aggregate_gradient(apply, params, BATCH, WEIGHTS)
-    state = optimizer.update(gradient, optimizer.init(params), params)[1]
+    state = jax.jit(optimizer.update)(gradient, jax.jit(optimizer.init)(params), params)[1]
     found = take_apart(AdamW(0.9, 0.999, 1e-8, 0.1, 1.0), adam_state(state), params, jax.tree.map(np.zeros_like, params))
     assert float(found.clip) == 1.0
     assert worst(found.baseline, found.full) == 0

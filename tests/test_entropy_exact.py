@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 from test_entropy_sequences import END, PROMPTS, VOCABULARY, tiny_policy
 
 from lambda_hat.entropy.exact import completion_probabilities, enumerate_completions, exact_derivatives, exact_entropy
@@ -55,6 +57,8 @@ def test_probabilities_and_entropy():
     assert probabilities.sum() == pytest.approx(1, rel=1e-12)
     expected = np.mean([tree_entropy(params, prompt, 3) for prompt in PROMPTS])
     assert exact_entropy(apply, params, ENUMERATION, chunk_size=32) == pytest.approx(expected, rel=1e-12)
+    surprisals = -np.log(2 * probabilities)
+    assert np.sum(probabilities * surprisals) == pytest.approx(expected, rel=1e-12)
 
 
 def test_derivatives_against_finite_differences():
@@ -72,6 +76,10 @@ def test_single_precision_is_computed_in_double():
     apply, params = tiny_policy(np.float32)
     wide = jax.tree.map(lambda leaf: leaf.astype(np.float64), params)
     assert exact_entropy(apply, params, ENUMERATION) == exact_entropy(apply, wide, ENUMERATION)
+    # What the policy holds is too.
+    held = Partial(lambda base, delta, tokens: apply(jax.tree.map(jnp.add, base, delta), tokens), params)
+    zero = jax.tree.map(np.zeros_like, params)
+    assert exact_entropy(held, zero, ENUMERATION) == pytest.approx(exact_entropy(apply, wide, ENUMERATION), rel=1e-13)
 
 
 def test_too_many_are_refused():

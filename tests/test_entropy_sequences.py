@@ -14,8 +14,8 @@ from lambda_hat.entropy.sequences import (
     check_batch,
     group_advantages,
     loss_weights,
-    policy_loss,
 )
+from lambda_hat.policies.objective import policy_loss
 from lambda_hat.spec import InvalidInput
 
 VOCABULARY, END = 4, 0
@@ -106,7 +106,7 @@ def test_loss_is_the_definition():
         sum(-advantages[i] * logp[i].sum() for i in (0, 1)) / (2 * 2),
         sum(-advantages[i] * logp[i].sum() for i in (2, 3)) / (2 * 3),
     ]
-    assert float(jax.jit(policy_loss, static_argnums=0)(apply, params, batch, weights)) == pytest.approx(
+    assert float(jax.jit(policy_loss, static_argnums=0)(apply, params, *batch, weights)) == pytest.approx(
         np.mean(prompts), rel=1e-12
     )
 

@@ -19,8 +19,8 @@ def in_float64(spec, vocab=VOCAB, seed=0):
     """The decoder and parameters with scales and biases that differ from their initial values."""
     network = decoder(spec, vocab)
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(network.init, jax.random.key(0))
-    return network, jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape) / np.sqrt(leaf.shape[0]) + 0.1, shapes)
+    noisy = jax.tree.map(lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape), network.init((0,), np.float64))
+    return network, noisy
 
 
 def by_numpy(spec, params, tokens):
@@ -116,16 +116,30 @@ def test_grouped_queries_are_attention_with_repeated_heads():
     np.testing.assert_allclose(jax.jit(full.apply)(repeated, TOKENS), logits, rtol=1e-10, atol=1e-12)
 
 
-def test_initial_parameters_and_half_precision():
-    network = decoder(SPEC, VOCAB)
-    with jax.enable_x64(False):
-        params = network.init(jax.random.key(0))
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
-    low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    logits, low_logits = (jax.jit(network.apply)(p, TOKENS) for p in (params, low))
-    assert low_logits.dtype == jnp.bfloat16
+def test_initial_parameters():
+    network = decoder(SPEC.model_copy(update={"width": 64, "attention_bias": True}), 300)
+    params, wide = network.init((1, 2), np.float32), network.init((1, 2), np.float64)
+    for leaf, other in zip(jax.tree.leaves(params), jax.tree.leaves(wide), strict=True):
+        assert leaf.dtype == np.float32
+        np.testing.assert_array_equal(leaf, other.astype(np.float32))
+    assert np.all(params["norm"]["scale"] == 1)
+    assert np.all(params["layer_0/query"]["b"] == 0)
+    # Standard deviations 1/sqrt(in), of thousands of normals.
+    assert np.std(params["embedding"]["embeddings"]) == pytest.approx(1 / 8, rel=0.03)
+    assert np.std(params["layer_0/gate"]["w"]) == pytest.approx(1 / 8, rel=0.1)
+
+
+def test_half_precision_is_near():
+    network, params = in_float64(SPEC)
+    low = jax.jit(network.apply)(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params), TOKENS)
+    assert low.dtype == jnp.bfloat16
     # bfloat16 has 8 bits of mantissa; logits are of order one.
-    np.testing.assert_allclose(low_logits.astype(np.float32), logits, atol=0.1)
+    np.testing.assert_allclose(low.astype(np.float64), jax.jit(network.apply)(params, TOKENS), atol=0.15)
+
+
+def test_no_sequences_have_no_logits():
+    network, params = in_float64(SPEC)
+    assert jax.eval_shape(network.apply, params, TOKENS[:0]).shape == (0, 7, VOCAB)
 
 
 def test_heads_must_fit():

@@ -22,8 +22,7 @@ STATISTICS = jax.jit(token_statistics, static_argnums=0)
 def params():
     """Weights large enough that tokens differ in probability and depend on those before."""
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(NETWORK.init, jax.random.key(0))
-    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape), shapes)
+    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape), NETWORK.init((0,), np.float64))
 
 
 def keys(seed, number):
@@ -39,79 +38,81 @@ def exact(params, prompt, length):
     return completions, own, np.exp(np.sum(np.where(mask, log_probs, 0), axis=1))
 
 
+NUMBER = 8000  # sequences of a batch; one size, so that one program serves
+
+
+def draw(params, seed, rows, **how):
+    """NUMBER sequences of the prompts `rows` in turn, and which prompt each has."""
+    rows = np.resize(rows, NUMBER)
+    return jax.tree.map(
+        np.asarray, generate(NETWORK, params, keys(seed, NUMBER), PROMPTS[rows], LENGTHS[rows], LENGTH, **how)
+    ), rows
+
+
 @pytest.mark.parametrize("row", [0, 1])
 def test_frequencies_are_the_exact_probabilities(params, row):
     completions, own, probabilities = exact(params, PROMPTS[row], LENGTHS[row])
     assert np.sum(probabilities) == pytest.approx(1, abs=1e-12)
-    number = 20_000
-    samples = generate(
-        NETWORK, params, keys(1, number), np.tile(PROMPTS[row], (number, 1)), np.full(number, LENGTHS[row]), LENGTH
-    )
-    drawn_mask = np.take_along_axis(np.asarray(samples.mask), LENGTHS[row] + np.arange(LENGTH)[None], axis=1)
+    samples, _ = draw(params, 1, [row])
+    drawn_mask = np.take_along_axis(samples.mask, LENGTHS[row] + np.arange(LENGTH)[None], axis=1)
     codes = np.where(drawn_mask, samples.completions, VOCAB) @ (VOCAB + 1) ** np.arange(LENGTH)
     known = np.where(own, completions, VOCAB) @ (VOCAB + 1) ** np.arange(LENGTH)
     counts = np.array([np.sum(codes == code) for code in known])
-    assert np.sum(counts) == number
-    errors = np.sqrt(number * probabilities * (1 - probabilities))
-    frequent = number * probabilities > 20
+    assert np.sum(counts) == NUMBER
+    errors = np.sqrt(NUMBER * probabilities * (1 - probabilities))
+    frequent = NUMBER * probabilities > 20
     assert np.sum(frequent) > 10
-    z = (counts - number * probabilities)[frequent] / errors[frequent]
+    z = (counts - NUMBER * probabilities)[frequent] / errors[frequent]
     # Of some dozens of standard normals: none above 4, squares of mean one.
     assert np.max(np.abs(z)) < 4
     assert np.mean(z**2) == pytest.approx(1, abs=4 * np.sqrt(2 / np.sum(frequent)))
 
 
 def test_probabilities_and_entropies_are_those_of_the_full_forward_pass(params):
-    samples = generate(NETWORK, params, keys(2, 4), PROMPTS, LENGTHS, LENGTH)
+    samples, _ = draw(params, 2, range(4))
     log_probs, entropies = STATISTICS(NETWORK.apply, params, samples.tokens)
     np.testing.assert_allclose(samples.log_probs, np.where(samples.mask, log_probs, 0), rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(samples.entropies, np.where(samples.mask, entropies, 0), rtol=1e-10, atol=1e-12)
 
 
 def test_sequences_are_prompts_then_completions_up_to_the_end_token(params):
-    samples = jax.tree.map(
-        np.asarray, generate(NETWORK, params, keys(3, 64), np.tile(PROMPTS, (16, 1)), np.tile(LENGTHS, 16), LENGTH)
-    )
+    samples, rows = draw(params, 3, range(4))
     ended = 0
-    for row, (tokens, mask, completion) in enumerate(zip(samples.tokens, samples.mask, samples.completions, strict=True)):
-        length = LENGTHS[row % 4]
-        np.testing.assert_array_equal(tokens[:length], PROMPTS[row % 4, :length])
+    for row, tokens, mask, completion in list(zip(rows, samples.tokens, samples.mask, samples.completions, strict=True))[:100]:
+        length = LENGTHS[row]
+        np.testing.assert_array_equal(tokens[:length], PROMPTS[row, :length])
         np.testing.assert_array_equal(tokens[length : length + LENGTH], completion)
         size = list(completion).index(EOS) + 1 if EOS in completion else LENGTH
         ended += size < LENGTH
         np.testing.assert_array_equal(mask, (np.arange(len(tokens)) >= length) & (np.arange(len(tokens)) < length + size))
         assert np.all(tokens[length + size :] == PAD)
     assert ended > 5
-    tokens, mask = sequences(np.tile(PROMPTS, (16, 1)), np.tile(LENGTHS, 16), samples.completions)
+    tokens, mask = sequences(PROMPTS[rows], LENGTHS[rows], samples.completions)
     np.testing.assert_array_equal(tokens, samples.tokens)
     np.testing.assert_array_equal(mask, samples.mask)
 
 
 def test_a_sequence_does_not_depend_on_its_batch_and_prompts_do_not_recompile(params):
-    four = keys(4, 4)
-    together = generate(NETWORK, params, four, PROMPTS, LENGTHS, LENGTH)
+    together, _ = draw(params, 4, range(4))
     compiled = _generate._cache_size()
-    order = np.array([3, 1, 0, 2])
-    other = generate(NETWORK, params, four[order], PROMPTS[order], LENGTHS[order], LENGTH)
+    draw(params, 5, [2, 0], temperature=0.7)
     assert _generate._cache_size() == compiled
-    np.testing.assert_array_equal(other.tokens, together.tokens[order])
-    alone = generate(NETWORK, params, four[:1], PROMPTS[:1], LENGTHS[:1], LENGTH)
-    np.testing.assert_array_equal(alone.tokens, together.tokens[:1])
+    order = np.array([7, 1, 4, 2])
+    few = generate(NETWORK, params, keys(4, NUMBER)[order], PROMPTS[order % 4], LENGTHS[order % 4], LENGTH)
+    np.testing.assert_array_equal(few.tokens, together.tokens[order])
 
 
 def test_temperature_and_nucleus_restrict_the_draws(params):
-    number = 4000
     log_probs = jax.nn.log_softmax(jax.jit(NETWORK.apply)(params, PROMPTS[:1])[0, 2])
-    batch = (keys(5, number), np.tile(PROMPTS[0], (number, 1)), np.full(number, 3, np.int32), 1)
     sharper = np.exp(log_probs / 0.5) / np.sum(np.exp(log_probs / 0.5))
-    samples = generate(NETWORK, params, *batch, temperature=0.5)
+    samples, _ = draw(params, 5, [0], temperature=0.5)
     counts = np.bincount(samples.completions[:, 0], minlength=VOCAB)
-    assert np.all(np.abs(counts - number * sharper) < 4 * np.sqrt(number * sharper * (1 - sharper)) + 1)
+    assert np.all(np.abs(counts - NUMBER * sharper) < 4 * np.sqrt(NUMBER * sharper * (1 - sharper)) + 1)
     # The recorded probability is the policy's own.
     np.testing.assert_allclose(samples.log_probs[:, 3], log_probs[samples.completions[:, 0]], rtol=1e-10)
     order = np.argsort(-log_probs)
     two = float(np.sum(np.exp(log_probs)[order[:2]]))
-    samples = generate(NETWORK, params, *batch, top_p=two - 1e-3)
-    assert set(np.unique(samples.completions)) == set(order[:2].tolist())
-    samples = generate(NETWORK, params, *batch, top_p=1e-9)
-    assert set(np.unique(samples.completions)) == {int(order[0])}
+    samples, _ = draw(params, 5, [0], top_p=two - 1e-3)
+    assert set(np.unique(samples.completions[:, 0])) == set(order[:2].tolist())
+    samples, _ = draw(params, 5, [0], top_p=1e-9)
+    assert set(np.unique(samples.completions[:, 0])) == {int(order[0])}

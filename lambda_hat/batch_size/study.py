@@ -83,12 +83,13 @@ def settings(table: pd.DataFrame) -> list[str]:
 
 
 def swept(table: pd.DataFrame) -> list[str]:
-    """The settings with more than one value; without the number of steps where the batch size determines it."""
+    """The settings with more than one value; without those that another determines: the number of steps where the batch size
+    does, the precision where the richness does."""
     names = [name for name in settings(table) if len(distinct(table[name])) > 1]
-    if "batch_size" not in names:
-        return names
-    budget = [name for name in names if name in ("num_steps", "num_epochs")]
-    follows = [name for name in budget if all(len(distinct(of)) == 1 for _, of in table.groupby("batch_size")[name])]
+    follows = [
+        name for name, by in (("num_steps", "batch_size"), ("num_epochs", "batch_size"), ("precision", "richness"))
+        if {name, by} <= set(names) and all(len(distinct(of)) == 1 for _, of in table.groupby(by)[name])
+    ]  # fmt: skip
     return [name for name in names if name not in follows]
 
 

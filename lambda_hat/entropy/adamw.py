@@ -21,7 +21,9 @@ import numpy as np
 import optax
 from jax.tree_util import Partial
 
-from lambda_hat.entropy.sequences import Apply, Batch, as_partial, in_chunks, policy_loss
+from lambda_hat.entropy.sequences import Batch, as_partial, in_chunks
+from lambda_hat.policies.decoder import Apply
+from lambda_hat.policies.objective import policy_loss
 from lambda_hat.spec import InvalidInput
 from lambda_hat.target import Params
 
@@ -31,7 +33,7 @@ class AdamW(NamedTuple):
 
     beta1: float
     beta2: float
-    eps: float
+    epsilon: float
     weight_decay: float
     max_norm: float = math.inf
 
@@ -70,12 +72,12 @@ def adam_state(opt_state: Any) -> optax.ScaleByAdamState:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def take_apart(
-    hyper: AdamW, state: optax.ScaleByAdamState, params: Params, gradient: Params, decay_mask: Params | None = None
-) -> Update:
+def take_apart(hyper: AdamW, state: Any, params: Params, gradient: Params, decay_mask: Params | None = None) -> Update:
     """The step that follows from an aggregate gradient, before clipping, and its parts.
 
     Args:
+      state: before the step, with `count`, `mu` and `nu`: an `optax.ScaleByAdamState` or a policy's checkpoint.
+      gradient: of the whole loss, `aggregate_gradient`.
       decay_mask: which parameters decay, a tree of booleans or a prefix of one, as Optax's `mask`; none = all.
     """
     norm = optax.tree.norm(gradient)
@@ -89,7 +91,7 @@ def take_apart(
         beta1, beta2 = hyper.beta1, hyper.beta2
         first, second = correction1.astype(p.dtype), correction2.astype(p.dtype)
         g = clip.astype(p.dtype) * g
-        scale = jnp.sqrt((beta2 * s + (1 - beta2) * jnp.square(g)) / second) + hyper.eps
+        scale = jnp.sqrt((beta2 * s + (1 - beta2) * jnp.square(g)) / second) + hyper.epsilon
         decayed = hyper.weight_decay * jnp.where(decay, p, 0)
         full = -((beta1 * m + (1 - beta1) * g) / first) / scale - decayed
         baseline = -(beta1 * m / first) / scale - decayed
@@ -109,7 +111,7 @@ def sequence_gradients(apply: Apply, params: Params, batch: Batch, weights_B: ja
     """Each sequence's gradient g_i of the loss, with a leading axis of sequences; traceable, all of them at once."""
 
     def gradient(tokens_T: jax.Array, mask_T: jax.Array, weight: jax.Array) -> Params:
-        return jax.grad(lambda params: policy_loss(apply, params, Batch(tokens_T[None], mask_T[None]), weight[None]))(params)
+        return jax.grad(lambda params: policy_loss(apply, params, tokens_T[None], mask_T[None], weight[None]))(params)
 
     return jax.vmap(gradient)(batch.tokens_BT, batch.mask_BT, weights_B)
 
@@ -126,7 +128,7 @@ def _summed(function: Partial, params: Params, chunks: Any) -> Params:
 
 
 def _chunk_gradient(apply: Apply, params: Params, batch: Batch, weights_B: jax.Array) -> Params:
-    return jax.grad(lambda params: policy_loss(apply, params, batch, weights_B))(params)
+    return jax.grad(lambda params: policy_loss(apply, params, *batch, weights_B))(params)
 
 
 def aggregate_gradient(apply: Apply, params: Params, batch: Batch, weights_B: Any, chunk_size: int = 8) -> Params:
@@ -135,11 +137,6 @@ def aggregate_gradient(apply: Apply, params: Params, batch: Batch, weights_B: An
     Args:
       weights_B: of `lambda_hat.entropy.sequences.loss_weights`.
     """
-    chunks = (in_chunks(batch, chunk_size), weight_chunks(params, weights_B, chunk_size))
-    return _summed(Partial(_chunk_gradient, as_partial(apply)), params, chunks)
-
-
-def weight_chunks(params: Params, weights_B: Any, chunk_size: int) -> jax.Array:
-    """Weights in the parameters' dtype, (chunks, chunk_size), with zeros for the sequences that pad the last chunk."""
-    weights_B = jnp.asarray(weights_B, np.promote_types(jax.tree.leaves(params)[0].dtype, jnp.float32))
-    return jnp.pad(weights_B, (0, -len(weights_B) % chunk_size)).reshape(-1, chunk_size)
+    weights = np.asarray(weights_B, np.promote_types(jax.tree.leaves(params)[0].dtype, np.float32))
+    padded = np.pad(weights, (0, -len(weights) % chunk_size)).reshape(-1, chunk_size)
+    return _summed(Partial(_chunk_gradient, as_partial(apply)), params, (in_chunks(batch, chunk_size), padded))

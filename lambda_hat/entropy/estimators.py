@@ -1,7 +1,7 @@
 """How the entropy changes along directions in parameter space, estimated from sequences that the policy itself has drawn.
 
 With x ~ pi_theta and h the integrand whose mean is sought, H(theta + eta d) is estimated
-- at a finite eta by self-normalised importance sampling (`snis`, of what `evaluate` computes);
+- at a finite eta by importance sampling (`lambda_hat.entropy.importance.snis`, of what `evaluate` computes);
 - by its first and second derivative with respect to eta at 0 (`orders`), from one function of eta for each sequence,
     psi(eta) = sum_t [w_t h_t - b_t w_<t (r_t - 1)],   r_t = pi_eta(x_t | x_<t) / pi_theta(x_t | x_<t),   w_<t = prod_{s<t} r_s,
   whose mean is H(theta + eta d) for every eta. With h_t the token entropy H_t, a function of x_<t, w_t is w_<t, and
@@ -14,6 +14,7 @@ Weights and entropies are in nats; sums over sequences are in float64 on the hos
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -21,42 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from lambda_hat.entropy.sequences import Apply, Batch, TokenStats, as_partial, in_chunks, moved, token_stats
+from lambda_hat.entropy.importance import Evaluation
+from lambda_hat.entropy.sequences import Batch, TokenStats, as_partial, in_chunks, moved, token_stats
+from lambda_hat.policies.decoder import Apply
 from lambda_hat.spec import InvalidInput
 from lambda_hat.target import Params
 
 #: h of a sequence: the sum of the exact entropies of its tokens' distributions; the sum of its tokens' surprisals, of the same
 #: mean; the mean of the entropies over its tokens.
 Integrand = Literal["entropy", "surprisal", "entropy_per_token"]
-
-#: Quantiles of log-weights that are reported.
-QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
-#: Resamples of the bootstrap.
-NUM_BOOTSTRAP = 200
-
-
-class Evaluation(NamedTuple):
-    """Of each sequence under each of K policies: the log-probability of its completion, and h; (K, N) in float64."""
-
-    logp_KN: np.ndarray
-    h_KN: np.ndarray
-
-
-class Snis(NamedTuple):
-    """Estimates of K changes of the entropy, each (K,), and how far to trust them.
-
-    contributions_KN: w_i h'_i - h_i / N with normalised weights: they sum to `change`. jackknife_error, bootstrap_error:
-    standard errors over the sequences. ess: 1 / sum w^2, of N. clip_fraction: sequences whose log-weight was clipped.
-    log_weight_quantiles: (K, 5), before clipping, at `QUANTILES`.
-    """
-
-    change: np.ndarray
-    jackknife_error: np.ndarray
-    bootstrap_error: np.ndarray
-    ess: np.ndarray
-    clip_fraction: np.ndarray
-    log_weight_quantiles: np.ndarray
-    contributions_KN: np.ndarray
 
 
 class Orders(NamedTuple):
@@ -144,24 +118,41 @@ def evaluate(
       direction_chunk, sequence_chunk: policies, and sequences under each, that are evaluated together.
     """
     etas_K = np.asarray(etas_K, np.float64)
-    rest = -len(etas_K) % direction_chunk
-    directions = jax.tree.map(lambda d: jnp.pad(jnp.asarray(d), ((0, rest), *[(0, 0)] * (d.ndim - 1))), directions)
     chunks = in_chunks(batch, sequence_chunk)
-    parts = []
-    for start in range(0, len(etas_K) + rest, direction_chunk):
-        chosen = slice(start, start + direction_chunk)
-        etas = jnp.asarray(np.pad(etas_K, (0, rest))[chosen])
-        part = jax.tree.map(lambda d, chosen=chosen: d[chosen], directions)
-        parts += [evaluate_chunk(as_partial(apply), params, part, etas, chunks, integrand)]
-    shape = (len(etas_K) + rest, -1)
-    found = (np.concatenate([np.asarray(part, np.float64) for part in arrays]) for arrays in zip(*parts, strict=True))
-    return Evaluation(*(array.reshape(shape)[: len(etas_K), : len(batch.tokens_BT)] for array in found))
+
+    def of_chunk(part: Params, rows: np.ndarray) -> tuple[jax.Array, ...]:
+        return evaluate_chunk(as_partial(apply), params, part, etas_K[rows], chunks, integrand)
+
+    return Evaluation(*_by_directions(directions, len(etas_K), direction_chunk, of_chunk, len(batch.tokens_BT)))
+
+
+def _by_directions(
+    directions: Params,
+    count: int,
+    chunk_size: int,
+    of_chunk: Callable[[Params, np.ndarray], tuple[jax.Array, ...]],
+    num_sequences: int,
+) -> list[np.ndarray]:
+    """What `of_chunk` gives for all directions, each array as (K, N) in float64.
+
+    Args:
+      of_chunk: (directions, their indices) -> arrays (chunk_size, chunks, sequences); the last is filled up with the first.
+    """
+    rows = np.pad(np.arange(count), (0, -count % chunk_size))
+    parts = [of_chunk(_select(directions, chosen), chosen) for chosen in rows.reshape(-1, chunk_size)]
+    arrays = (np.concatenate([np.asarray(part, np.float64) for part in arrays]) for arrays in zip(*parts, strict=True))
+    return [array.reshape(len(rows), -1)[:count, :num_sequences] for array in arrays]
+
+
+@jax.jit
+def _select(directions: Params, rows: np.ndarray) -> Params:
+    return jax.tree.map(lambda leaf: leaf[rows], directions)
 
 
 @functools.partial(jax.jit, static_argnums=5)
 @jax.default_matmul_precision("highest")
 def evaluate_chunk(
-    apply: Partial, params: Params, directions: Params, etas: jax.Array, chunks: Batch, integrand: Integrand
+    apply: Partial, params: Params, directions: Params, etas: Any, chunks: Batch, integrand: Integrand
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities and h of a batch in chunks, under all the directions at once; (directions, chunks, sequences) each."""
 
@@ -175,48 +166,6 @@ def evaluate_chunk(
         return jax.lax.map(of_chunk, chunks)
 
     return jax.vmap(of_policy)(directions, etas)
-
-
-# --- Importance sampling ---------------------------------------------------------------------------------------------------
-
-
-def snis(base: Evaluation, there: Evaluation, clip: float | None = None, seed: int = 0) -> Snis:
-    """H(there) - H(base) by self-normalised importance sampling, sum_i w_i h'_i - mean_i h_i with w_i ~ pi'(x_i) / pi(x_i).
-
-    The sequences are independent draws from the base policy. The estimate is biased by O(1/ESS). Both standard errors are of
-    the whole estimate, the difference included: errors scale with eta like the change itself, so that a straight line over eta
-    says nothing of them.
-
-    Args:
-      base: of one policy, the first of what is given. there: of K policies, on the same sequences.
-      clip: log-weights are cut to +- this; it biases the estimate. none = none.
-      seed: of the bootstrap.
-    """
-    h0 = base.h_KN[0]
-    size = len(h0)
-    raw = there.logp_KN - base.logp_KN[0][None]
-    log_weights = raw if clip is None else np.clip(raw, -clip, clip)
-    weights = np.exp(log_weights - np.max(log_weights, axis=1, keepdims=True))
-    sums = np.sum(weights, axis=1, keepdims=True)
-    normalized = weights / sums
-    # Written with differences, so that the same policy gives exactly 0.
-    contributions = normalized * (there.h_KN - h0[None]) + (normalized - 1 / np.float64(size)) * h0[None]
-    weighted = weights * there.h_KN
-    with np.errstate(divide="ignore", invalid="ignore"):  # of one sequence that has all the weight, nothing is known
-        left_out = (np.sum(weighted, axis=1, keepdims=True) - weighted) / (sums - weights)
-    left_out = left_out - ((np.sum(h0) - h0) / (size - 1))[None]
-    spread = left_out - np.mean(left_out, axis=1, keepdims=True)
-    counts = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=NUM_BOOTSTRAP).astype(np.float64)
-    resampled = (weighted @ counts.T) / (weights @ counts.T) - (counts @ h0 / size)[None]
-    return Snis(
-        np.sum(contributions, axis=1),
-        np.sqrt((size - 1) / size * np.sum(np.square(spread), axis=1)),
-        np.std(resampled, axis=1, ddof=1),
-        1 / np.sum(np.square(normalized), axis=1),
-        np.mean(raw != log_weights, axis=1),
-        np.quantile(raw, QUANTILES, axis=1).T,
-        contributions,
-    )
 
 
 # --- Derivatives -----------------------------------------------------------------------------------------------------------
@@ -273,6 +222,13 @@ def weighted_integrand(apply: Apply, params: Params, batch: Batch, baselines_BT:
     return jnp.sum(weights_BT * token_terms(stats, batch.mask_BT, integrand) - controls, axis=1)
 
 
+def with_baselines(params: Params, batch: Batch, baselines_BT: np.ndarray, chunk_size: int) -> tuple[Batch, np.ndarray]:
+    """The batch in chunks, and its baselines in the parameters' dtype."""
+    dtype = np.promote_types(jax.tree.leaves(params)[0].dtype, np.float32)
+    padded = np.pad(np.asarray(baselines_BT, dtype), ((0, -len(baselines_BT) % chunk_size), (0, 0)))
+    return in_chunks(batch, chunk_size), padded.reshape(-1, chunk_size, padded.shape[1])
+
+
 def orders(
     apply: Apply,
     params: Params,
@@ -292,17 +248,19 @@ def orders(
       weights_B: the sequences' probabilities where they are an enumeration; none = an independent sample, 1/N each.
     """
     size = len(batch.tokens_BT)
-    dtype = np.promote_types(jax.tree.leaves(params)[0].dtype, np.float32)
-    padded = jnp.pad(jnp.asarray(baselines_BT, dtype), ((0, -size % sequence_chunk), (0, 0)))
-    chunks = (in_chunks(batch, sequence_chunk), padded.reshape(-1, sequence_chunk, padded.shape[1]))
-    directions = jax.tree.map(lambda p, d: jnp.asarray(d, p.dtype), params, directions)
-    found = _orders(as_partial(apply), params, directions, chunks, integrand, second, direction_chunk)
+    chunks = with_baselines(params, batch, baselines_BT, sequence_chunk)
+    count = len(jax.tree.leaves(directions)[0])
+
+    def of_chunk(part: Params, _: np.ndarray) -> tuple[jax.Array, ...]:
+        return _orders(as_partial(apply), params, part, chunks, integrand, second)
+
+    found = _by_directions(directions, count, direction_chunk, of_chunk, size)
     weights = np.full(size, 1 / size) if weights_B is None else np.asarray(weights_B, np.float64)
-    first, *rest = (np.asarray(part, np.float64).reshape(len(part), -1)[:, :size] * weights[None] for part in found)
+    first, *rest = (part * weights[None] for part in found)
     return Orders(first, rest[0] if rest else None)
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+@functools.partial(jax.jit, static_argnums=(4, 5))
 @jax.default_matmul_precision("highest")
 def _orders(
     apply: Partial,
@@ -311,21 +269,22 @@ def _orders(
     chunks: tuple[Batch, jax.Array],
     integrand: Integrand,
     second: bool,
-    direction_chunk: int,
 ) -> tuple[jax.Array, ...]:
     """One or two arrays (directions, chunks, sequences) of derivatives."""
 
     def of_direction(direction: Params) -> tuple[jax.Array, ...]:
+        along = jax.tree.map(lambda p, d: d.astype(p.dtype), params, direction)
+
         def of_chunk(chunk: tuple[Batch, jax.Array]) -> tuple[jax.Array, ...]:
             def value(params: Params) -> jax.Array:
                 return weighted_integrand(apply, params, *chunk, integrand)
 
             def slope(params: Params) -> jax.Array:
-                return jax.jvp(value, (params,), (direction,))[1]
+                return jax.jvp(value, (params,), (along,))[1]
 
             # Along theta itself, not eta: the pass at theta is then the same for all directions, and done once.
-            return jax.jvp(slope, (params,), (direction,)) if second else (slope(params),)
+            return jax.jvp(slope, (params,), (along,)) if second else (slope(params),)
 
         return jax.lax.map(of_chunk, chunks)
 
-    return jax.lax.map(of_direction, directions, batch_size=direction_chunk)
+    return jax.vmap(of_direction)(directions)

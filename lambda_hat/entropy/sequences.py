@@ -1,4 +1,4 @@
-"""Sequences of tokens, what a policy says of each token, and the policy-gradient loss that weighs them.
+"""Sequences of tokens, what a policy says of each token, and their weights in the policy-gradient loss.
 
 Arrays are tokens, never text: a sequence is a prompt and its completion, padded on the right. The token at t is predicted by
 the logits at t - 1. Everything takes the policy as `apply`: (params, tokens_BT) -> logits_BTV, causal, with float32 logits or
@@ -8,7 +8,7 @@ constants of the compiled programs if it is a `jax.tree_util.Partial` that holds
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,11 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from lambda_hat.policies.decoder import Apply
+from lambda_hat.policies.generate import token_statistics
 from lambda_hat.spec import InvalidInput
 from lambda_hat.target import Params
-
-#: (params, tokens_BT) -> logits_BTV.
-Apply = Callable[[Params, jax.Array], jax.Array]
 
 #: Advantages up to this count as zero: rewards that are equal but for rounding.
 TOLERANCE = 1e-6
@@ -93,7 +92,7 @@ def check_batch(batch: Batch) -> Batch:
 def pad_batch(batch: Batch, multiple: int) -> Batch:
     """The batch with empty sequences at its end, to a multiple of sequences: they have no completion and add nothing."""
     rest = -len(batch.tokens_BT) % multiple
-    return Batch(*(jnp.pad(jnp.asarray(array), ((0, rest), (0, 0))) for array in batch))
+    return Batch(*(np.pad(np.asarray(array), ((0, rest), (0, 0))) for array in batch))
 
 
 def as_partial(apply: Apply) -> Partial:
@@ -103,14 +102,9 @@ def as_partial(apply: Apply) -> Partial:
 
 def token_stats(apply: Apply, params: Params, batch: Batch) -> TokenStats:
     """Log-probabilities and exact token entropies of the completions, at least in float32; traceable."""
-    tokens_BT, mask_BT = jnp.asarray(batch.tokens_BT), jnp.asarray(batch.mask_BT)
-    logits_BTV = apply(params, tokens_BT)[:, :-1]
-    logits_BTV = logits_BTV.astype(np.promote_types(logits_BTV.dtype, jnp.float32))
-    logp_BTV = jax.nn.log_softmax(logits_BTV)
-    logp_BT = jnp.take_along_axis(logp_BTV, tokens_BT[:, 1:, None], axis=-1)[..., 0]
-    entropies_BT = -jnp.sum(jnp.exp(logp_BTV) * logp_BTV, axis=-1)
-    first = ((0, 0), (1, 0))
-    return TokenStats(*(jnp.where(mask_BT, jnp.pad(array, first), 0) for array in (logp_BT, entropies_BT)))
+    mask_BT = jnp.asarray(batch.mask_BT)
+    stats = token_statistics(apply, params, jnp.asarray(batch.tokens_BT))
+    return TokenStats(*(jnp.where(mask_BT, array, 0) for array in stats))
 
 
 @jax.jit
@@ -143,7 +137,7 @@ def group_advantages(rewards_BG: np.ndarray, tolerance: float = TOLERANCE) -> Ad
 
 
 def loss_weights(advantages_N: np.ndarray, lengths_N: np.ndarray, group_size: int) -> np.ndarray:
-    """w of each sequence, (N,) in float64, such that the loss is -sum_i w_i sum_t log p(token t of sequence i).
+    """w of each sequence in `lambda_hat.policies.objective.policy_loss`, -sum_i w_i sum_t log p_it; (N,) in float64.
 
     The loss is -sum_t A log p_t / (G Lmax_b) of all sequences of prompt b, G of them with completions of at most Lmax_b tokens,
     averaged over the prompts. The sequences of a prompt are consecutive.
@@ -158,11 +152,6 @@ def loss_weights(advantages_N: np.ndarray, lengths_N: np.ndarray, group_size: in
         )
     longest_B = np.max(np.reshape(lengths_N, (-1, group_size)), axis=1)
     return np.asarray(advantages_N, np.float64) / (group_size * np.repeat(longest_B, group_size) * len(longest_B))
-
-
-def policy_loss(apply: Apply, params: Params, batch: Batch, weights_B: jax.Array) -> jax.Array:
-    """-sum_i w_i sum_t log p_it, with the weights of `loss_weights`; traceable."""
-    return -jnp.sum(weights_B * jnp.sum(token_stats(apply, params, batch).logp_BT, axis=1))
 
 
 def moved(params: Params, direction: Params, eta: jax.Array) -> Params:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Self
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
 from pydantic import Field, model_validator
 
 from lambda_hat.spec import Spec
@@ -86,13 +87,14 @@ Step = Callable[[Params, Cache, jax.Array, jax.Array], tuple[jax.Array, Cache]]
 class Decoder(NamedTuple):
     """The network as pure functions. Parameters are {module: {name: array}}, weights (in, out).
 
-    init: rng_key -> params, float32. init_cache: (B, S, dtype) -> an empty cache.
+    init: (seed, dtype) -> params, on the host: weights from N(0, 1/in), embeddings from N(0, 1/width), scales 1, biases 0; the
+      same numbers in every dtype. init_cache: (B, S, dtype) -> an empty cache.
     """
 
-    init: Any
+    init: Callable[[tuple[int, ...], Any], Params]
     apply: Apply
     step: Step
-    init_cache: Any
+    init_cache: Callable[[int, int, Any], Cache]
 
 
 @functools.cache
@@ -109,7 +111,7 @@ def decoder(spec: DecoderSpec, vocab_size: int) -> Decoder:
             a, b = adapters[context.module.module_name]
             return out + (args[0] @ a) @ b
 
-        embed = hk.Embed(vocab_size, spec.width, w_init=_normal(spec.width), name="embedding")
+        embed = hk.Embed(vocab_size, spec.width, w_init=jnp.zeros, name="embedding")
         x = embed(tokens_BT)
         caches = []
         with hk.intercept_methods(adapt):
@@ -132,9 +134,18 @@ def decoder(spec: DecoderSpec, vocab_size: int) -> Decoder:
         params, adapters = params if isinstance(params, Adapted) else (params, {})
         return network.apply(params, tokens_BT, positions_BT, cache, adapters)
 
-    def init(rng_key: jax.Array) -> Params:
-        zeros = jnp.zeros((1, 1), jnp.int32)
-        return network.init(rng_key, zeros, zeros, None, {})
+    def init(seed: tuple[int, ...], dtype: Any) -> Params:
+        zeros = np.zeros((1, 1), np.int32)
+        shapes = jax.eval_shape(network.init, jax.random.key(0), zeros, zeros, None, {})
+        rng = np.random.default_rng(seed)
+
+        def initial(name: str, shape: tuple[int, ...]) -> np.ndarray:
+            if name in ("scale", "b"):
+                return np.full(shape, name == "scale", dtype)
+            fan_in = spec.width if name == "embeddings" else shape[0]
+            return (rng.standard_normal(shape) / math.sqrt(fan_in)).astype(dtype)
+
+        return {module: {name: initial(name, leaf.shape) for name, leaf in own.items()} for module, own in shapes.items()}
 
     def apply(params: Params, tokens_BT: jax.Array) -> jax.Array:
         positions = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
@@ -151,12 +162,8 @@ def decoder(spec: DecoderSpec, vocab_size: int) -> Decoder:
     return Decoder(init, apply, step, init_cache)
 
 
-def _normal(fan_in: int) -> hk.initializers.Initializer:
-    return hk.initializers.TruncatedNormal(1 / math.sqrt(fan_in))
-
-
 def _linear(name: str, width: int, x: jax.Array, with_bias: bool = False) -> jax.Array:
-    return hk.Linear(width, with_bias, w_init=_normal(x.shape[-1]), name=name)(x)
+    return hk.Linear(width, with_bias, w_init=jnp.zeros, name=name)(x)
 
 
 class _Scale(hk.Module):
@@ -186,12 +193,12 @@ def _attention(spec: DecoderSpec, x: jax.Array, positions_BT: jax.Array, cache: 
         starts = positions_BT[:, 0]
         cache = Cache(write(cache.keys, keys, starts), write(cache.values, values, starts))
         keys, values = cache
-    queries = queries.reshape(batch, length, kv_heads, -1, dim)
+    queries = queries.reshape(batch, length, kv_heads, spec.num_heads // kv_heads, dim)
     scores = jnp.einsum("btkgd,bskd->bkgts", queries, keys) / math.sqrt(dim)
     seen_BTS = jnp.arange(keys.shape[1], dtype=jnp.int32)[None, None] <= positions_BT[:, :, None]
     scores = jnp.where(seen_BTS[:, None, None], scores.astype(_at_least_float32(x)), -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-    out = jnp.einsum("bkgts,bskd->btkgd", weights, values).reshape(batch, length, -1)
+    out = jnp.einsum("bkgts,bskd->btkgd", weights, values).reshape(batch, length, spec.width)
     return _linear("output", spec.width, out), cache
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,13 +122,15 @@ def _nucleus(log_probs_V: jax.Array, top_p: jax.Array) -> jax.Array:
     return jnp.where(kept, log_probs_V, -jnp.inf)
 
 
-def sequences(prompts_BP: jax.Array, lengths_B: jax.Array, completions_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+def sequences(prompts_BP: Any, lengths_B: Any, completions_BL: Any) -> tuple[jax.Array, jax.Array]:
     """Tokens (B, P + L) of the prompts followed by their completions, and the mask of the completions' tokens.
 
     Args:
       completions_BL: each up to its first EOS, then PAD, or without an EOS all L tokens.
     """
-    place = functools.partial(_placed, lengths_B=lengths_B, width=prompts_BP.shape[1])
+    width = prompts_BP.shape[1]
+    place = functools.partial(_placed, lengths_B=lengths_B, width=width)
+    prompts_BP = jnp.where(jnp.arange(width, dtype=jnp.int32)[None] < lengths_B[:, None], prompts_BP, PAD)
     tokens = jnp.pad(prompts_BP, ((0, 0), (0, completions_BL.shape[1]))) + place(completions_BL)
     is_end = (completions_BL == EOS).astype(jnp.int32)
     return tokens, place(jnp.cumsum(is_end, axis=1) == is_end)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -66,7 +67,10 @@ def adapted(decoder: Decoder, params: Params, spec: LoraSpec) -> Decoder:
     def step(adapters: Params, cache: Cache, tokens_BT: jax.Array, starts_B: jax.Array) -> tuple[jax.Array, Cache]:
         return decoder.step(with_params(adapters), cache, tokens_BT, starts_B)
 
-    return Decoder(decoder.init, apply, step, decoder.init_cache)
+    def init(seed: tuple[int, ...], dtype: Any) -> Params:
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), init_adapters(spec, params, seed))
+
+    return Decoder(init, apply, step, decoder.init_cache)
 
 
 def merge(spec: LoraSpec, params: Params, adapters: Params) -> Params:

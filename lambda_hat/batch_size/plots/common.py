@@ -251,7 +251,7 @@ def log_axis(ax: Axes, which: str, values: Iterable[float]) -> None:
     for value in values[1:]:
         if value >= 0.999 * ticks[-1] * apart:
             ticks.append(value)
-    powers = all(map(_is_power_of_two, values)) and values[-1] / values[0] > 64
+    powers = all(map(_is_power_of_two, values)) and values[-1] / values[0] >= 64
     axis.set_ticks(
         ticks, [_power(2, math.log2(value)) if powers else number(float(f"{value:.3g}")) for value in ticks], fontsize=9
     )

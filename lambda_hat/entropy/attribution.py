@@ -1,0 +1,254 @@
+"""Which training sequences of an update change the entropy, and by how much: matrices of evaluation by training sequences.
+
+An update eta v = eta (b + sum_i v_i), taken apart in `lambda_hat.entropy.adamw`, changes the entropy. To first order the
+change per unit eta is the sum of M, plus the baseline's: M[e, i] = v_i . grad psi_e / N, with psi of
+`lambda_hat.entropy.estimators`, is the part of evaluation sequence e in that of training sequence i. At a finite eta each part
+is measured by importance sampling, by itself and on top of the baseline.
+
+All loops are over chunks of training sequences, and can be cut after any of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from lambda_hat.chunks import Progress, no_progress
+from lambda_hat.entropy.adamw import Update, precondition, sequence_gradients
+from lambda_hat.entropy.estimators import Integrand, evaluate, evaluate_chunk, weighted_integrand, with_baselines
+from lambda_hat.entropy.importance import Evaluation, Snis, snis
+from lambda_hat.entropy.sequences import Batch, as_partial, in_chunks, moved
+from lambda_hat.policies.decoder import Apply
+from lambda_hat.target import Params
+
+
+class Columns(NamedTuple):
+    """What is known of the first `done` training sequences: arrays whose first axis is the training sequence."""
+
+    done: int
+    arrays: dict[str, np.ndarray]
+
+
+#: Receives what is known after a chunk.
+Save = Callable[[Columns], None]
+
+
+class Training(NamedTuple):
+    """The sequences of an update, (N_U, T), their weights in its loss (`loss_weights`), (N_U,), and the update's parts."""
+
+    batch: Batch
+    weights: np.ndarray
+    update: Update
+
+
+class Changes(NamedTuple):
+    """Changes of the entropy at one eta, by importance sampling; see `lambda_hat.entropy.importance.Snis`.
+
+    full: H(theta + eta v) - H(theta), K = 1. baseline: H(theta + eta b) - H(theta), K = 1. grad: H(theta + eta v_i) - H(theta),
+    K = N_U. baseline_plus_grad: H(theta + eta b + eta v_i) - H(theta + eta b), K = N_U. Contributions are (K, N_E).
+    """
+
+    eta: float
+    full: Snis
+    baseline: Snis
+    grad: Snis
+    baseline_plus_grad: Snis
+
+    @property
+    def residual(self) -> float:
+        """full - (baseline + sum_i grad_i): what the parts do together and not each by itself."""
+        return float(self.full.change[0] - self.baseline.change[0] - np.sum(self.grad.change))
+
+
+class Linearity(NamedTuple):
+    """A straight line through changes over eta by least squares, and how far they are from it.
+
+    rmse, max_residual: in the changes' units. worst: indices of the largest residuals, from the largest.
+    """
+
+    slope: float
+    intercept: float
+    r_squared: float
+    rmse: float
+    max_residual: float
+    worst: tuple[int, ...]
+
+
+def attribution_matrix(
+    apply: Apply,
+    params: Params,
+    training: Training,
+    evaluation: Batch,
+    baselines_BT: np.ndarray,
+    integrand: Integrand = "entropy",
+    grad_chunk: int = 8,
+    sequence_chunk: int = 32,
+    progress: Progress = no_progress,
+    resume: Columns | None = None,
+    save: Save | None = None,
+) -> np.ndarray:
+    """M[e, i] of the first-order change per unit eta, (N_E, N_U) in float64: the sum of column i is dH/deta along v_i.
+
+    Every evaluation sequence's gradient is computed once for each chunk of training sequences and multiplied with all of the
+    chunk: a derivative in direction v_i is a product of two gradients, and one of each sequence is far less work than one
+    forward-mode pass of the evaluation batch for each v_i (`orders`, of the same result).
+
+    Args:
+      evaluation: independent draws from the policy. baselines_BT: theirs, of `lambda_hat.entropy.estimators.baselines`.
+      grad_chunk: training sequences whose v_i are held together; the more, the less work. sequence_chunk: evaluation sequences
+        whose gradients are.
+      resume: what `save` received last in an interrupted call.
+    """
+    num_evaluated = len(evaluation.tokens_BT)
+    chunks = with_baselines(params, evaluation, baselines_BT, sequence_chunk)
+
+    def of_chunk(part: Batch, weights: np.ndarray) -> dict[str, Any]:
+        products = _products(as_partial(apply), params, part, weights, training.update.preconditioner, chunks, integrand)
+        return {"matrix": products}
+
+    found = _by_chunks(params, training, grad_chunk, num_evaluated, of_chunk, progress, resume, save)
+    return found["matrix"].T / num_evaluated
+
+
+@functools.partial(jax.jit, static_argnums=6)
+@jax.default_matmul_precision("highest")
+def _products(
+    apply: Partial,
+    params: Params,
+    training: Batch,
+    weights: Any,
+    preconditioner: Params,
+    chunks: tuple[Batch, jax.Array],
+    integrand: Integrand,
+) -> jax.Array:
+    """v_i . grad psi_e, (training, chunks, evaluation)."""
+    parts = precondition(preconditioner, sequence_gradients(apply, params, training, weights))
+
+    def gradient(tokens_T: jax.Array, mask_T: jax.Array, baselines_T: jax.Array) -> Params:
+        one = Batch(tokens_T[None], mask_T[None])
+        return jax.grad(lambda params: weighted_integrand(apply, params, one, baselines_T[None], integrand)[0])(params)
+
+    def of_chunk(chunk: tuple[Batch, jax.Array]) -> jax.Array:
+        gradients = jax.vmap(gradient)(*chunk[0], chunk[1])
+        products = jax.tree.map(
+            lambda v, g: v.reshape(len(v), -1).astype(weights.dtype) @ g.reshape(len(g), -1).T.astype(weights.dtype),
+            parts, gradients,
+        )  # fmt: skip
+        return jax.tree.reduce(jnp.add, products)
+
+    return jnp.swapaxes(jax.lax.map(of_chunk, chunks), 0, 1)
+
+
+def entropy_changes(
+    apply: Apply,
+    params: Params,
+    training: Training,
+    evaluation: Batch,
+    eta: float,
+    integrand: Integrand = "entropy",
+    clip: float | None = None,
+    grad_chunk: int = 8,
+    sequence_chunk: int = 64,
+    progress: Progress = no_progress,
+    resume: Columns | None = None,
+    save: Save | None = None,
+) -> Changes:
+    """The changes of the entropy by the update and by its parts, at eta.
+
+    Args:
+      evaluation: independent draws from the policy at `params`. clip: of log-weights, see `snis`.
+      grad_chunk: training sequences whose v_i are held, and policies that are evaluated, together.
+      resume: what `save` received last in an interrupted call.
+    """
+    full, baseline = training.update.full, training.update.baseline
+    shifted = jax.jit(moved)(params, baseline, np.asarray(eta))
+    etas = np.full(grad_chunk, eta)
+    chunks = in_chunks(evaluation, sequence_chunk)
+    num_evaluated = len(evaluation.tokens_BT)
+
+    def of_one(start: Params, direction: Params, eta: float) -> Evaluation:
+        one = jax.tree.map(lambda leaf: leaf[None], direction)
+        return evaluate(apply, start, one, np.array([eta]), evaluation, integrand, grad_chunk, sequence_chunk)
+
+    def of_chunk(part: Batch, weights: np.ndarray) -> dict[str, Any]:
+        parts = _parts(as_partial(apply), params, part, weights, training.update.preconditioner)
+        alone = evaluate_chunk(as_partial(apply), params, parts, etas, chunks, integrand)
+        on_top = evaluate_chunk(as_partial(apply), shifted, parts, etas, chunks, integrand)
+        return dict(zip(("grad_logp", "grad_h", "on_top_logp", "on_top_h"), (*alone, *on_top), strict=True))
+
+    # Every policy by the same program, the unmoved ones too: what rounding they share cancels.
+    base, there, reference = of_one(params, full, 0.0), of_one(params, full, eta), of_one(shifted, full, 0.0)
+    found = _by_chunks(params, training, grad_chunk, num_evaluated, of_chunk, progress, resume, save)
+    return Changes(
+        eta,
+        snis(base, there, clip),
+        snis(base, reference, clip),
+        snis(base, Evaluation(found["grad_logp"], found["grad_h"]), clip),
+        snis(base, Evaluation(found["on_top_logp"], found["on_top_h"]), clip, reference=reference),
+    )
+
+
+@jax.jit
+@jax.default_matmul_precision("highest")
+def _parts(apply: Partial, params: Params, batch: Batch, weights: Any, preconditioner: Params) -> Params:
+    return precondition(preconditioner, sequence_gradients(apply, params, batch, weights))
+
+
+def _by_chunks(
+    params: Params,
+    training: Training,
+    grad_chunk: int,
+    num_evaluated: int,
+    of_chunk: Callable[[Batch, np.ndarray], dict[str, Any]],
+    progress: Progress,
+    resume: Columns | None,
+    save: Save | None,
+) -> dict[str, np.ndarray]:
+    """What `of_chunk` gives for every chunk of training sequences, (N_U, N_E) in float64, on from where `resume` got to.
+
+    Args:
+      of_chunk: (a chunk of the batch, its weights) -> arrays (grad_chunk, chunks, evaluation).
+    """
+    total = len(training.weights)
+    dtype = np.promote_types(jax.tree.leaves(params)[0].dtype, np.float32)
+    columns = Columns(0, {}) if resume is None else resume
+    progress(columns.done, total, "sequences", "")
+    while columns.done < total:
+        chosen = slice(columns.done, min(columns.done + grad_chunk, total))
+        size = chosen.stop - chosen.start
+        weights = np.pad(np.asarray(training.weights[chosen], dtype), (0, grad_chunk - size))
+        batch = Batch(*(np.pad(np.asarray(array)[chosen], ((0, grad_chunk - size), (0, 0))) for array in training.batch))
+        parts = of_chunk(batch, weights)
+        arrays = {
+            name: np.asarray(part, np.float64).reshape(grad_chunk, -1)[:size, :num_evaluated] for name, part in parts.items()
+        }
+        if columns.done:
+            arrays = {name: np.concatenate([columns.arrays[name], array]) for name, array in arrays.items()}
+        columns = Columns(chosen.stop, arrays)
+        if save is not None:
+            save(columns)
+        progress(columns.done, total, "sequences", "")
+    return columns.arrays
+
+
+def linearity(etas: Sequence[float] | np.ndarray, changes: Sequence[float] | np.ndarray, num_worst: int = 3) -> Linearity:
+    """How well changes over two or more etas lie on a line. How well each of them is known is not in this: see `snis`."""
+    etas, changes = np.asarray(etas, np.float64), np.asarray(changes, np.float64)
+    slope, intercept = np.polyfit(etas, changes, 1)
+    residuals = changes - (slope * etas + intercept)
+    squares, total = np.sum(np.square(residuals)), np.sum(np.square(changes - np.mean(changes)))
+    worst = np.argsort(-np.abs(residuals), kind="stable")[:num_worst]
+    return Linearity(
+        float(slope),
+        float(intercept),
+        float(1 - squares / total) if total > 0 else 1.0,
+        float(np.sqrt(squares / len(etas))),
+        float(np.max(np.abs(residuals))),
+        tuple(int(index) for index in worst),
+    )
