@@ -13,6 +13,9 @@ from pydantic import ValidationError
 
 from lambda_hat import artifacts, data
 from lambda_hat.networks import CnnSpec
+from lambda_hat.policies.decoder import DecoderSpec
+from lambda_hat.policies.spec import PolicySpec, RlSpec, WarmStartSpec
+from lambda_hat.policies.tasks import ModularTask
 from lambda_hat.spec import InvalidInput
 from lambda_hat.store import Store
 from lambda_hat.target import OBSERVABLE_SIZE, DataSpec, mean_loss_float64, metrics_at
@@ -66,6 +69,13 @@ CASES = {
     "superposition": lambda **k: SuperpositionSpec(data=SparseData(n_data=200, num_features=3), training=SHORT, **k),
     "custom": lambda **k: CustomSpec(path="test_targets:linear_regression", data=DataSpec(n_data=60), **k),
     "trial": lambda **k: TrialSpec(task=ImagesTask(n_data=100, n_test=20), width=6, batch_size=20, num_steps=40, **k),
+    "policy": lambda **k: PolicySpec(
+        task=ModularTask(modulus=3),
+        model=DecoderSpec(width=8, num_layers=1, num_heads=2, num_kv_heads=1, mlp_width=8),
+        warm_start=WarmStartSpec(batch_size=16, max_steps=20),
+        rl=RlSpec(num_steps=6, num_prompts=4, num_completions=2, num_checkpoints=2),
+        **k,
+    ),
     "quadratic": lambda **k: QuadraticSpec(**k),
     "normal_crossing": lambda **k: NormalCrossingSpec(data=NormalCrossingData(noise_scale=1.0), exponents=(1, 1, 0), **k),
     "dln": lambda **k: DeepLinearSpec(data=DeepLinearData(n_data=2000), rank=2, **k),

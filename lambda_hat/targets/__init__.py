@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from lambda_hat.policies.spec import PolicySpec
 from lambda_hat.target import Dataset, Objective, Target, TargetSpec
 from lambda_hat.targets.analytic import DeepLinearSpec, QuadraticSpec, ReducedRankSpec
 from lambda_hat.targets.classification import DigitsCnnSpec, DigitsSpec, FashionMnistCnnSpec, FashionMnistSpec
@@ -30,7 +31,8 @@ AnyTargetSpec = Annotated[
     | DeepLinearSpec
     | ReducedRankSpec
     | TanhSpec
-    | TrialSpec,
+    | TrialSpec
+    | PolicySpec,
     Field(discriminator="family"),
 ]
 
