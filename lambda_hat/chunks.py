@@ -1,4 +1,5 @@
-"""Long device loops, cut into chunks of a few seconds: between chunks there is time for progress, saving and stopping."""
+"""Long device loops: compiled once for all threads, and cut into chunks of a few seconds, between which there is time for
+progress, saving and stopping."""
 
 from __future__ import annotations
 
@@ -50,6 +51,27 @@ def run_in_chunks(
         else:  # the first call's time is mostly compilation and says nothing of a step's
             count, compiled = 4, True
     return carry
+
+
+class Compiled:
+    """A jitted function that worker threads may call: compiled by the first caller, since threads do not share JAX's settings.
+
+    On CPUs with the widest vectors there are, where LLVM would choose half of them.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self.programs: dict[Any, Any] = {}
+
+    def prepare(self, single: bool, *arguments: Any) -> Callable[..., Any]:
+        """The program for arguments like these; `single`: its matrix products keep to the thread that calls it, on CPUs."""
+        leaves, structure = jax.tree.flatten(arguments)
+        key = (single, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+        if key not in self.programs:
+            on_cpu = jax.default_backend() == "cpu"
+            options = {"xla_cpu_prefer_vector_width": "512", "xla_cpu_multi_thread_eigen": not single} if on_cpu else {}
+            self.programs[key] = self.function.lower(*arguments).compile(compiler_options=options)
+        return self.programs[key]
 
 
 class CompileClock(threading.local):

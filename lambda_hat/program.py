@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lambda_hat import random
+from lambda_hat.chunks import Compiled
 from lambda_hat.posterior import (
     Centre,
     Posterior,
@@ -40,27 +41,6 @@ class Inputs(NamedTuple):
     chains: jax.Array
     observed: Dataset
     observed_losses: jax.Array  # at w*
-
-
-class Compiled:
-    """A jitted function that worker threads may call: compiled by the first caller, since threads do not share JAX's settings.
-
-    On CPUs with the widest vectors there are, where LLVM would choose half of them.
-    """
-
-    def __init__(self, function: Any) -> None:
-        self.function = function
-        self.programs: dict[Any, Any] = {}
-
-    def prepare(self, single: bool, *arguments: Any) -> Callable[..., Any]:
-        """The program for arguments like these; `single`: its matrix products keep to the thread that calls it, on CPUs."""
-        leaves, structure = jax.tree.flatten(arguments)
-        key = (single, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
-        if key not in self.programs:
-            on_cpu = jax.default_backend() == "cpu"
-            options = {"xla_cpu_prefer_vector_width": "512", "xla_cpu_multi_thread_eigen": not single} if on_cpu else {}
-            self.programs[key] = self.function.lower(*arguments).compile(compiler_options=options)
-        return self.programs[key]
 
 
 class Program(NamedTuple):

@@ -14,22 +14,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from botocore.exceptions import EndpointConnectionError
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, FlowRunFilter, FlowRunFilterId
+from flow_runs import made, tasks, ui_artifacts
 from prefect.logging import disable_run_logger
 from prefect.settings import (
     PREFECT_API_URL,
-    PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
-    PREFECT_HOME,
-    PREFECT_LOGGING_TO_API_ENABLED,
-    PREFECT_SERVER_ANALYTICS_ENABLED,
-    temporary_settings,
 )
-from prefect.testing.utilities import prefect_test_harness
 
 from flows import sweep as flow
 from flows import tasks as steps_alone
@@ -45,6 +37,8 @@ from lambda_hat.settings import load_settings
 from lambda_hat.spec import InvalidInput
 from lambda_hat.store import Store
 from lambda_hat.theory import quadratic_llc
+
+pytestmark = pytest.mark.usefixtures("clean_process")
 
 CHECKOUT = Path(__file__).parents[1]
 
@@ -94,34 +88,6 @@ SMALL = ("target=bowl", "sampler=sgld,hmc")
 ONE = ("target=bowl", "sampler=sgld")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _clean():
-    """No settings but this file's; JAX's promotion for Optax and BlackJAX in every thread; what the flow configures, undone."""
-    before = {name: getattr(jax.config, name) for name in ("jax_numpy_dtype_promotion", "jax_default_matmul_precision")}
-    with pytest.MonkeyPatch.context() as patch:
-        for name in list(os.environ):
-            if name.startswith(("LAMBDA_HAT_", "PREFECT_")):
-                patch.delenv(name)
-        jax.config.update("jax_numpy_dtype_promotion", "standard")
-        yield
-        for name, value in before.items():
-            jax.config.update(name, value)
-
-
-@pytest.fixture(scope="module")
-def prefect_home(tmp_path_factory):
-    """Where the server's clients keep results."""
-    home = tmp_path_factory.mktemp("prefect")
-    updates = {
-        PREFECT_HOME: home,
-        PREFECT_LOGGING_TO_API_ENABLED: False,
-        PREFECT_SERVER_ANALYTICS_ENABLED: False,
-        PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,  # stopping them takes up to a second a flow run
-    }
-    with temporary_settings(updates), prefect_test_harness(server_startup_timeout=120):
-        yield home
-
-
 @pytest.fixture(scope="module")
 def settings_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("settings")
@@ -146,42 +112,12 @@ def run(prefect_home, settings_file):
     return run
 
 
-def tasks(outcome: SimpleNamespace, count: int) -> dict[str, str]:
-    """Name -> state of the `count` task runs of a flow run; the server learns of them by and by."""
-    of_run = FlowRunFilter(id=FlowRunFilterId(any_=[outcome.state.state_details.flow_run_id]))
-    deadline = time.monotonic() + 60
-    with get_client(sync_client=True) as client:
-        while time.monotonic() < deadline:
-            runs = client.read_task_runs(flow_run_filter=of_run)
-            if len(runs) >= count and all(run.state and (run.state.is_final() or run.state.name == "NotReady") for run in runs):
-                break
-            time.sleep(0.1)
-    assert len(runs) == count
-    states = {run.name: run.state.name for run in runs}
-    assert len(states) == count, "task runs of one name cannot be told apart"
-    return states
-
-
-def ui_artifacts(outcome: SimpleNamespace) -> dict[str, Any]:
-    """Key -> artifact of a flow run, as the UI gets them."""
-    of_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[outcome.state.state_details.flow_run_id]))
-    with get_client(sync_client=True) as client:
-        # Prefect's own, of what a flow run returned, have no key.
-        return {artifact.key: artifact for artifact in client.read_artifacts(artifact_filter=of_run) if artifact.key}
-
-
 def statuses(outcome: SimpleNamespace) -> list[str]:
     return [row["status"] for row in outcome.rows]
 
 
 def specs_of(settings_file: str, *overrides: str, experiment: str | None = None) -> list[RunSpec]:
     return make_plan(load_settings(settings_file), experiment, overrides)
-
-
-def made(store: Store) -> dict[str, str]:
-    """Folder -> time of publication of everything in a store: what is recomputed gets a new time."""
-    found = {address: store.manifest(address) for address, _ in store.verify()}
-    return {address.folder: manifest.created_at for address, manifest in found.items() if manifest is not None}
 
 
 def trace_sha256(store: Store, spec: RunSpec) -> str:

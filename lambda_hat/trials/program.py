@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from lambda_hat import random
+from lambda_hat.chunks import Compiled
 from lambda_hat.trials.network import upper_layers
 from lambda_hat.trials.spec import TrialSpec, sample_losses
 from lambda_hat.trials.task import SyntheticTask
@@ -66,27 +67,6 @@ def program_key(spec: TrialSpec) -> TrialSpec:
     task = spec.task.model_copy(update={"n_data": 2**40, "n_test": 1} | ({"seed": 0} if hasattr(spec.task, "seed") else {}))
     fixed = {"task": task, "num_steps": 1, "num_epochs": None, "rate_rule": "raw", "num_points": 1, "parameterization": "sp"}
     return spec.static().model_copy(update=fixed)
-
-
-class Compiled:
-    """A jitted function that worker threads may call: compiled by the main one, since threads do not share JAX's settings.
-
-    On CPUs with the widest vectors there are, where LLVM would choose half of them.
-    """
-
-    def __init__(self, function: Any) -> None:
-        self.function = function
-        self.programs: dict[Any, Any] = {}
-
-    def prepare(self, single: bool, *arguments: Any) -> Callable[..., Any]:
-        """The program for arguments like these; `single`: its matrix products keep to the thread that calls it, on CPUs."""
-        leaves, structure = jax.tree.flatten(arguments)
-        key = (single, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
-        if key not in self.programs:
-            on_cpu = jax.default_backend() == "cpu"
-            options = {"xla_cpu_prefer_vector_width": "512", "xla_cpu_multi_thread_eigen": not single} if on_cpu else {}
-            self.programs[key] = self.function.lower(*arguments).compile(compiler_options=options)
-        return self.programs[key]
 
 
 class Length(NamedTuple):
