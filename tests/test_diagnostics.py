@@ -250,8 +250,9 @@ def test_a_target_without_a_finite_loss():
 @pytest.mark.parametrize("target", get_args(get_args(AnyTargetSpec)[0]))
 def test_remedies_name_fields_that_exist(sampler, target):
     kind, family = sampler.model_fields["kind"].default, target.model_fields["family"].default
-    needed = {"path": "package.module:function"} if family == "custom" else {}
-    spec = RunSpec.from_dict({"target": {"family": family, **needed}, "sampler": {"kind": kind, "num_draws": DRAWS}})
+    needed = {"custom": {"path": "package.module:function"}, "trial": {"num_steps": 100}}.get(family, {})
+    chosen = {"kind": kind, "num_draws": DRAWS} | ({"batch_size": 100} if "batch_size" in sampler.model_fields else {})
+    spec = RunSpec.from_dict({"target": {"family": family, **needed}, "sampler": chosen})
     cases = [case for verdict, case in CASES.items() if verdict != "poor approximation" or kind == "vi"]
     texts = [finding.remedy for case in cases for finding in diagnose(spec, case()[1], METRICS).findings]
     assert texts
