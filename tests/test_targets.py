@@ -199,10 +199,11 @@ def test_checkpoints_are_measured(family):
         objective = target.spec.objective()
         assert metrics["init_loss"] == mean_loss_float64(objective, target.checkpoints[step], target.dataset)
         assert metrics["num_params"] == target.metrics["num_params"]
-    assert {**target.metrics, "step": 50} == metrics_at(target.metrics, 50)
+    assert {**target.metrics, "step": steps[-1]} == metrics_at(target.metrics, steps[-1])
     assert metrics_at(target.metrics, None) == target.metrics
-    assert metrics_at(target.metrics, 1)["init_loss"] > metrics_at(target.metrics, 50)["init_loss"]
-    jax.tree.map(np.testing.assert_array_equal, target.checkpoints[50], target.params_star)
+    if family != "policy":  # which minimises another loss
+        assert metrics_at(target.metrics, 1)["init_loss"] > metrics_at(target.metrics, 50)["init_loss"]
+    jax.tree.map(np.testing.assert_array_equal, target.checkpoints[steps[-1]], target.params_star)
 
 
 def test_a_checkpoint_is_no_other_target():
