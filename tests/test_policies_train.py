@@ -79,6 +79,7 @@ def test_rewards_raise_the_accuracy_and_lower_the_entropy(policy):
     np.testing.assert_allclose(history["token_entropy"] * history["length"], history["entropy"], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_an_update_is_adamw_on_the_gradient_of_its_batch(policy):
     one = train_policy(SPEC.model_copy(update={"rl": SPEC.rl.model_copy(update={"num_checkpoints": 81})}))
     equal(one.checkpoints[0], policy.checkpoints[0])

@@ -92,6 +92,7 @@ def swept(request, tmp_path_factory) -> Iterator[SimpleNamespace]:
     files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     del files["settings.toml"]
     yield SimpleNamespace(files=files, objects={path: fs.cat_file(path) for path in fs.find("bucket")}, listening=listening)
+    fs.rm("bucket", recursive=True)  # all servers of this process share their buckets
     server.stop()
 
 

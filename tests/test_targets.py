@@ -126,8 +126,14 @@ def test_every_family_has_a_case():
     assert families == set(CASES)
 
 
-@family
-@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("family", "precision"),
+    [
+        pytest.param(name, precision, marks=pytest.mark.slow if (name, precision) == ("policy", "float64") else ())
+        for name in CASES
+        for precision in ("float32", "float64")
+    ],
+)
 def test_conformance(family, precision):
     target = built(family, precision)
     spec, objective, dataset = target.spec, target.spec.objective(), target.dataset
