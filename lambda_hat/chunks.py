@@ -3,6 +3,7 @@ progress, saving and stopping."""
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -72,6 +73,25 @@ class Compiled:
             options = {"xla_cpu_prefer_vector_width": "512", "xla_cpu_multi_thread_eigen": not single} if on_cpu else {}
             self.programs[key] = self.function.lower(*arguments).compile(compiler_options=options)
         return self.programs[key]
+
+
+class Pace:
+    """Calls a function that saves as often as saving takes at most a tenth of the time, the first time at once."""
+
+    def __init__(self) -> None:
+        self._saved = self._seconds = 0.0
+
+    def __call__(self, save: Callable[[], None]) -> None:
+        now = time.perf_counter()
+        if now - self._saved > 10 * self._seconds:
+            save()
+            self._saved = time.perf_counter()
+            self._seconds = self._saved - now
+
+
+def num_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class CompileClock(threading.local):

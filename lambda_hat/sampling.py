@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lambda_hat.chunks import Progress, compile_clock, no_progress, run_in_chunks
+from lambda_hat.chunks import Pace, Progress, compile_clock, no_progress, num_cores, run_in_chunks
 from lambda_hat.posterior import Metric, PosteriorSpec, compiled_losses, make_centre, select
 from lambda_hat.program import Inputs, Lanes, make_program
 from lambda_hat.samplers import SamplerSpec
@@ -182,7 +181,7 @@ def _sample_runs(
         ]
         return list(threads.map(lambda call: jax.block_until_ready(call()), calls)), length
 
-    saved = save_seconds = 0.0
+    pace = Pace()
     mine = np.asarray(places)
 
     def after_chunk(carry: Any, done: int) -> None:
@@ -192,10 +191,9 @@ def _sample_runs(
             name: np.concatenate([np.asarray(buffer[name])[mine, :, :count] for buffer in buffers], axis=1)
             for name in buffers[0]
         })  # fmt: skip
-        nonlocal saved, save_seconds
-        now = time.perf_counter()
-        # A checkpoint holds all draws so far, so saving after every chunk would cost the square of their number.
-        if save is not None and done < total and now - saved > 10 * save_seconds:
+
+        def save_all() -> None:
+            assert save is not None
             leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(_all_chains([state for state, _ in parts]))]
             draws = join(drawn)
             save([
@@ -203,8 +201,10 @@ def _sample_runs(
                            place, num_lanes, num_parts, tuple(observables))
                 for run, place in enumerate(places)
             ])  # fmt: skip
-            saved = time.perf_counter()
-            save_seconds = saved - now
+
+        # A checkpoint holds all draws so far, so saving after every chunk would cost the square of their number.
+        if save is not None and done < total:
+            pace(save_all)
         latest = drawn[-1]["loss_difference"].astype(np.float64) * nbeta[mine, None, None]
         llc = [f"{np.mean(of[np.isfinite(of)]):.4g}" if np.isfinite(of).any() else "nan" for of in latest[:3]]
         phase = "burn-in" if done <= sampler.num_burnin_draws else "sampling"
@@ -250,8 +250,7 @@ def _num_parts(num_chains: int, num_lanes: int) -> int:
     two or more chains in each, since XLA makes matrix products of single ones badly."""
     if jax.default_backend() != "cpu":
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    most = max(1, min(cores, num_chains, num_chains * num_lanes // 2))
+    most = max(1, min(num_cores(), num_chains, num_chains * num_lanes // 2))
     return max(parts for parts in range(1, most + 1) if num_chains % parts == 0)
 
 

@@ -116,6 +116,14 @@ class Unfinished(NamedTuple):
     leaves: list[np.ndarray]
     checkpoints: dict[int, Params]
 
+    def restore(self, carry: Any) -> Any:
+        """The loop's state, on the device and in the structure of `carry`; None where the shapes or dtypes are not those of
+        `carry`: what was saved is of other work, or of another version of the libraries."""
+        expected = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(carry)]
+        if expected != [(leaf.shape, leaf.dtype) for leaf in self.leaves]:
+            return None
+        return jax.device_put(jax.tree.unflatten(jax.tree.structure(carry), self.leaves))
+
 
 Save = Callable[[Unfinished], None]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Self
 
@@ -14,7 +13,7 @@ import numpy as np
 import optax
 from pydantic import Field, model_validator
 
-from lambda_hat.chunks import Progress, run_in_chunks
+from lambda_hat.chunks import Pace, Progress, run_in_chunks
 from lambda_hat.spec import Spec
 from lambda_hat.target import (
     Dataset,
@@ -217,9 +216,8 @@ def train(
     carry = program.init(params)
     checkpoints: dict[int, Params] = {0: _to_host(params)} if 0 in spec.saved_steps else {}
     start = 0
-    if resume is not None and _fits(resume, carry):
-        start, checkpoints = resume.step, dict(resume.checkpoints)
-        carry = jax.device_put(jax.tree.unflatten(jax.tree.structure(carry), resume.leaves))
+    if resume is not None and (restored := resume.restore(carry)) is not None:
+        carry, start, checkpoints = restored, resume.step, dict(resume.checkpoints)
 
     def advance(carry: Any, start: int, count: int) -> Any:
         """`count` steps, stopping at every checkpoint on the way."""
@@ -230,15 +228,11 @@ def train(
                 checkpoints[step] = _to_host(carry[0])
         return carry
 
-    saved = save_seconds = 0.0
+    pace = Pace()
 
     def after_chunk(carry: Any, done: int) -> None:
-        nonlocal saved, save_seconds
-        now = time.perf_counter()
-        if save is not None and done < spec.num_steps and now - saved > 10 * save_seconds:
-            save(Unfinished(done, [np.asarray(leaf) for leaf in jax.tree.leaves(carry)], checkpoints))
-            saved = time.perf_counter()
-            save_seconds = saved - now
+        if save is not None and done < spec.num_steps:
+            pace(lambda: save(Unfinished(done, [np.asarray(leaf) for leaf in jax.tree.leaves(carry)], checkpoints)))
         losses = np.asarray(carry[2])
         finite = losses[np.isfinite(losses)]
         progress(done, spec.num_steps, "steps", f"loss {finite[-1]:.4g}" if finite.size else "no finite loss")
@@ -258,9 +252,3 @@ def train(
 def _to_host(tree: Any) -> Any:
     """A copy on the host: the device's own is donated to the next step."""
     return jax.tree.map(np.array, tree)
-
-
-def _fits(unfinished: Unfinished, carry: Any) -> bool:
-    """Whether a saved state has the shapes and dtypes of this program's; that of another version of the libraries may not."""
-    expected = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(carry)]
-    return expected == [(leaf.shape, leaf.dtype) for leaf in unfinished.leaves]

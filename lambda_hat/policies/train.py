@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lambda_hat.chunks import Progress, no_progress, run_in_chunks
+from lambda_hat.chunks import Pace, Progress, no_progress, run_in_chunks
 from lambda_hat.policies.decoder import Decoder
 from lambda_hat.policies.generate import generate, sequences
 from lambda_hat.policies.objective import group_advantages, negative_log_likelihoods, policy_loss, sequence_weights
@@ -200,18 +199,13 @@ def _train_policy(spec: PolicySpec, progress: Progress, resume: Unfinished | Non
     carry = fresh(spec.decoder().init((spec.seed, 0), dtype))
     start, total = 0, warm.max_steps + rl.num_steps
     checkpoints: dict[int, Params] = {}
-    if resume is not None and _fits(resume, carry):
-        start, checkpoints = resume.step, dict(resume.checkpoints)
-        carry = jax.device_put(jax.tree.unflatten(jax.tree.structure(carry), resume.leaves))
-    saved = save_seconds = 0.0
+    if resume is not None and (restored := resume.restore(carry)) is not None:
+        carry, start, checkpoints = restored, resume.step, dict(resume.checkpoints)
+    pace = Pace()
 
     def after_chunk(carry: _Carry, done: int) -> None:
-        nonlocal saved, save_seconds
-        now = time.perf_counter()
-        if save is not None and done < total and now - saved > 10 * save_seconds:
-            save(Unfinished(done, [np.array(leaf) for leaf in jax.tree.leaves(carry)], checkpoints))
-            saved = time.perf_counter()
-            save_seconds = saved - now
+        if save is not None and done < total:
+            pace(lambda: save(Unfinished(done, [np.array(leaf) for leaf in jax.tree.leaves(carry)], checkpoints)))
 
     def warm_advance(carry: _Carry, start: int, count: int) -> _Carry:
         target = np.asarray(warm.target_accuracy, dtype)
@@ -300,9 +294,3 @@ def _checkpoint(carry: _Carry) -> dict[str, Any]:
     """The fields of a `PolicyCheckpoint`, copied to the host: the device's own are donated to the next step."""
     adam = {name: optax.tree.get(carry.optimizer, name) for name in ("count", "mu", "nu")}
     return jax.tree.map(np.array, {"params": carry.params, **adam})
-
-
-def _fits(unfinished: Unfinished, carry: _Carry) -> bool:
-    """Whether a saved state has the shapes and dtypes of this program's."""
-    expected = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(carry)]
-    return expected == [(leaf.shape, leaf.dtype) for leaf in unfinished.leaves]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lambda_hat.chunks import Progress, no_progress, run_in_chunks
+from lambda_hat.chunks import Pace, Progress, no_progress, num_cores, run_in_chunks
 from lambda_hat.spec import InvalidInput
 from lambda_hat.target import Params, Save, Unfinished, num_params
 from lambda_hat.trials.network import init_params, to_weights
@@ -94,11 +93,10 @@ def _train_trials(
     states = [program.init(own, spec.num_points) for own in lanes]
     num_blocks = -(-spec.total_steps // program.block_steps)
     start = 0
-    if resume is not None and _fits(resume, states):
-        start = resume.step // program.block_steps
-        states = jax.device_put(jax.tree.unflatten(jax.tree.structure(states), resume.leaves))
+    if resume is not None and (restored := resume.restore(states)) is not None:
+        states, start = restored, resume.step // program.block_steps
     buffer_blocks = max(1, MAX_INDICES // program.block_samples)
-    threads = ThreadPoolExecutor(_num_cores())
+    threads = ThreadPoolExecutor(num_cores())
 
     def advance(states: list[State], first: int, count: int) -> list[State]:
         indices = {seed: _block_indices(spec, program, seed, first, count, buffer_blocks) for seed in {s.seed for s in specs}}
@@ -109,15 +107,12 @@ def _train_trials(
             calls.append(functools.partial(program.advance.prepare(len(groups) > 1, *arguments), *arguments))
         return list(threads.map(lambda call: jax.block_until_ready(call()), calls))
 
-    saved = save_seconds = 0.0
+    pace = Pace()
 
     def after_chunk(states: list[State], done: int) -> None:
-        nonlocal saved, save_seconds
-        now = time.perf_counter()
-        if save is not None and done < num_blocks and now - saved > 10 * save_seconds:
-            save(Unfinished(done * program.block_steps, [np.array(leaf) for leaf in jax.tree.leaves(states)], {}))
-            saved = time.perf_counter()
-            save_seconds = saved - now
+        if save is not None and done < num_blocks:
+            leaves = jax.tree.leaves(states)
+            pace(lambda: save(Unfinished(done * program.block_steps, [np.array(leaf) for leaf in leaves], {})))
         diverged = sum(int(np.count_nonzero(state.diverged)) for state in states)
         total = sum(state.diverged.size for state in states)
         steps_done = min(done * program.block_steps, spec.total_steps)
@@ -205,7 +200,7 @@ def _groups(specs: Sequence[TrialSpec]) -> list[list[list[int]]]:
     if jax.default_backend() == "cpu":
         copies = {"sgd": 1 if specs[0].momentum == 0 else 2, "adam": 3}[specs[0].optimizer]
         size = sum(a * b for a, b in itertools.pairwise(specs[0].widths)) * np.dtype(specs[0].precision).itemsize * copies
-        most = max(1, min(CACHE_BYTES // size, -(-len(specs) // _num_cores())))
+        most = max(1, min(CACHE_BYTES // size, -(-len(specs) // num_cores())))
     else:
         most = len(by_seed) * longest
     width = -(-longest // -(-longest // most))
@@ -214,10 +209,6 @@ def _groups(specs: Sequence[TrialSpec]) -> list[list[list[int]]]:
     height = -(-len(rows) // -(-len(rows) // max(1, most // width)))
     rows += rows[-1:] * (-len(rows) % height)
     return [rows[i : i + height] for i in range(0, len(rows), height)]
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _lanes(group: list[list[TrialSpec]]) -> Lanes:
@@ -286,9 +277,3 @@ def _measure(
     if "accuracy" in train:
         measures |= {"train_accuracy": train["accuracy"], "test_accuracy": test["accuracy"]}
     return measures | {"activation_change": np.sqrt(train["change"])}
-
-
-def _fits(unfinished: Unfinished, states: list[State]) -> bool:
-    """Whether a saved state has the shapes and dtypes of this program's; that of other trials may not."""
-    expected = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(states)]
-    return expected == [(leaf.shape, leaf.dtype) for leaf in unfinished.leaves]
