@@ -50,7 +50,7 @@ def batch_size(
     place: Place = {"store_uri": store.uri, "settings_file": str(Path(settings_file).absolute()) if settings_file else None}
     errors = _train(study, store, place, settings.runtime)
     ids, damaged = artifacts.intact(store, [trial.target_id for trial in study.trials])
-    rows, unmeasured = _examine(study, settings, store, place, ids) if ids else ([], [])
+    rows, unmeasured = _examine(study, settings, store, place, ids) if ids and study.keeps else ([], [])
     return _publish(study, settings, store, ids, outcome(study, ids, rows, errors + damaged, unmeasured))
 
 

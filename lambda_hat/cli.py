@@ -181,7 +181,7 @@ def _ls(store: Store, options: argparse.Namespace) -> int:
         frame["created_at"] = frame["created_at"].str.slice(0, 19)  # to the second, UTC
         listing[name] = frame[[column for column in LS_COLUMNS[name] if column in frame]]
     if options.json:
-        print(json.dumps({name: _records(frame) for name, frame in listing.items()}, indent=1))
+        print(json.dumps({name: gallery.records(frame) for name, frame in listing.items()}, indent=1))
         return 0
     for name, frame in listing.items():
         print(f"{name} ({len(frame)}) in {store.uri}")
@@ -271,7 +271,7 @@ def _results(store: Store, options: argparse.Namespace) -> int:
     if options.format == "csv":
         text = frame.to_csv(index=False).rstrip("\n")
     elif options.format == "json":
-        text = json.dumps(_records(frame), indent=1)
+        text = json.dumps(gallery.records(frame), indent=1)
     elif options.format == "table":
         none = f"no results in {store.uri}; python flows/sweep.py makes some"
         if options.where or options.sweep:
@@ -358,8 +358,3 @@ def _text(frame: pd.DataFrame) -> str:
     """Aligned text, headed by the last parts of the columns' names."""
     short = frame.rename(columns=lambda name: name.removeprefix("spec.").removeprefix("target.").removeprefix("sampler."))
     return short.to_string(index=False, na_rep="-", float_format=lambda value: f"{value:.5g}")
-
-
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows as JSON's types, NaN as None. Not by pandas' own JSON, which rounds to ten places."""
-    return [{str(name): None if value != value else value for name, value in row.items()} for row in frame.to_dict("records")]

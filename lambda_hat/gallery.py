@@ -78,6 +78,11 @@ def tidy(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[[column for column in (*FIRST, *differing, *LAST) if column in frame]]
 
 
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as JSON's types, NaN as None. Not by pandas' own JSON, which rounds to ten places."""
+    return [{str(name): None if value != value else value for name, value in row.items()} for row in frame.to_dict("records")]
+
+
 def promote(
     store: Store, folder: str | Path, where: Sequence[str] = (), sweep: str | None = None, plots: Sequence[str] = ()
 ) -> list[Path]:

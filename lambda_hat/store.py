@@ -334,12 +334,11 @@ class Store:
             found |= dict.fromkeys([target_address(target_id), run, diagnosis_address(target_id, run.id)])
         return list(found)
 
-    def addresses(self) -> list[Address]:
-        """Of everything that has a folder, published or not."""
-        return [address for kind in KINDS for address in self._addresses(kind)]
+    def addresses(self, *kinds: Kind) -> list[Address]:
+        """Of everything of these kinds, of all if there are none, that has a folder, published or not."""
+        return [address for kind in kinds or KINDS for address in self._addresses(kind)]
 
     def _addresses(self, kind: Kind) -> list[Address]:
-        """Of everything that has a folder, published or not."""
         prefix, folder = KINDS[kind]
         if not folder.startswith("targets/"):
             return [Address(kind, id, None) for id in self._ids(folder.partition("/")[0], prefix)]

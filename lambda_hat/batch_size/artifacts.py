@@ -59,7 +59,7 @@ def trials_id(specs: Sequence[TrialSpec]) -> str:
 
 def trained(store: Store) -> dict[str, Address]:
     """Where each trial that was ever trained is: trial_id -> address of the trials it was trained with."""
-    found = store.manifests(address for address in store.addresses() if address.kind == "trials")
+    found = store.manifests(store.addresses("trials"))
     return {trial_id: manifest.address for manifest in found for trial_id in manifest.spec["trial_ids"]}
 
 
@@ -138,7 +138,7 @@ def find_target(store: Store, text: str) -> TargetSpec:
     listed = "`lambda-hat ls targets` lists targets, lambda-hat study latest --format csv the trials of a study."
     if not text.startswith("tgt_"):
         raise InvalidInput(f"A target in the store is named by its id, tgt_..., or the beginning of it; got {text!r}: {listed}")
-    kept = [address for address in store.addresses() if address.kind == "target" and address.id.startswith(text)]
+    kept = [address for address in store.addresses("target") if address.id.startswith(text)]
     targets, places = {manifest.id: manifest for manifest in store.manifests(kept)}, trained(store)
     found = sorted({*targets, *(trial_id for trial_id in places if trial_id.startswith(text))})
     if len(found) != 1:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lambda_hat.gallery import records
 from lambda_hat.manifest import Address, study_address
 from lambda_hat.settings import nearest
 from lambda_hat.spec import InvalidInput
@@ -171,10 +172,7 @@ def _table(study: Study, options: argparse.Namespace) -> int:
     elif options.format == "csv":
         content = table.to_csv(index=False)
     elif options.format == "json":
-        records = table.to_dict("records")
-        content = json.dumps(
-            [{name: None if cell != cell else cell for name, cell in row.items()} for row in records], indent=1
-        )
+        content = json.dumps(records(table), indent=1)
     else:
         varied = ["trial_id", *swept(table)]
         shown = [*varied, *(name for name in map(str, table) if name not in {"trial_id", "samples", *settings(table)})]
