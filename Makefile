@@ -7,7 +7,7 @@ run: .venv/installed
 	$(BIN)/python flows/sweep.py $(ARGS)
 
 test: .venv/installed lint
-	$(BIN)/python -m pytest -m "not slow and not faults" $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not faults" $(ARGS)
 
 test-all: .venv/installed lint
 	$(BIN)/python -m pytest -m "not faults" $(ARGS)

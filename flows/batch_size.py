@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
-from prefect.futures import as_completed
 from prefect.logging import get_run_logger
 
-from flows.engines import engine, final_state
-from flows.orchestration import Command, RunsFailed, command_line, parser, publish_to_ui, reason
-from flows.runs import compute
+from flows.orchestration import Command, RunsFailed, command_line, parser, publish_to_ui
+from flows.runs import compute, run_each
 from flows.tasks import Place, measure, open_place, train
 from lambda_hat.batch_size import artifacts
 from lambda_hat.batch_size.plan import StudyPlan, describe, make_study
@@ -63,7 +61,7 @@ def _train(study: StudyPlan, store: Store, place: Place, runtime: Runtime) -> li
         (artifacts.trials_id(batch), label(batch), [trial.model_dump(mode="json") for trial in batch], study.keeps, place)
         for batch in artifacts.batches(missing)
     ]
-    return _run(train, calls, runtime)
+    return run_each(train, calls, runtime)
 
 
 def _examine(
@@ -76,26 +74,8 @@ def _examine(
         (trial.target_id, label([trial]), trial.model_dump(mode="json"), curvature, place)
         for trial in (artifacts.unexamined(store, trials, curvature) if study.options.keep or curvature else [])
     ]
-    errors = _run(measure, calls, settings.runtime)
+    errors = run_each(measure, calls, settings.runtime)
     return compute(runs, store, place, settings.runtime) if (runs := study.runs(settings, trials)) else [], errors
-
-
-def _run(task: Any, calls: list[tuple[Any, ...]], runtime: Runtime) -> list[str]:
-    """Runs a task of artifacts that are not in the store, their labels second in each call; what failed, and why."""
-    if not calls:
-        return []
-    log, errors = get_run_logger(), []
-    task = task.with_options(refresh_cache=True, timeout_seconds=runtime.task_timeout_seconds or None)
-    with engine(runtime.model_copy(update={"max_workers": min(runtime.max_workers, len(calls))})):
-        futures = {task.submit(*call): call[1] for call in calls}
-        for future in as_completed(list(futures)):
-            state = final_state(future)
-            if state.is_completed():
-                log.info("%s %s: done", task.name, futures[future])
-            else:
-                errors.append(f"{task.name} {futures[future]}: {reason(state)}")
-                log.error(errors[-1])
-    return errors
 
 
 def _publish(study: StudyPlan, settings: Settings, store: Store, ids: list[str], result: dict[str, Any]) -> dict[str, Any]:

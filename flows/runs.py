@@ -82,3 +82,21 @@ def _compute(
                 diagnoses[submit_ahead(task, *arguments)] = index
     for diagnosed in as_completed(list(diagnoses)):
         finish(diagnoses[diagnosed], final_state(diagnosed))
+
+
+def run_each(task: Any, calls: list[tuple[Any, ...]], runtime: Runtime) -> list[str]:
+    """Runs a task of artifacts that are not in the store, their labels second in each call; what failed, and why."""
+    if not calls:
+        return []
+    log, errors = get_run_logger(), []
+    task = task.with_options(refresh_cache=True, timeout_seconds=runtime.task_timeout_seconds or None)
+    with engine(runtime.model_copy(update={"max_workers": min(runtime.max_workers, len(calls))})):
+        futures = {task.submit(*call): call[1] for call in calls}
+        for future in as_completed(list(futures)):
+            state = final_state(future)
+            if state.is_completed():
+                log.info("%s %s: done", task.name, futures[future])
+            else:
+                errors.append(f"{task.name} {futures[future]}: {reason(state)}")
+                log.error(errors[-1])
+    return errors

@@ -16,7 +16,10 @@ from prefect.tasks import exponential_backoff
 from flows.progress import log_progress
 from lambda_hat import artifacts
 from lambda_hat.batch_size import artifacts as studies
+from lambda_hat.entropy import artifacts as policies
+from lambda_hat.entropy.spec import EntropySpec
 from lambda_hat.manifest import StoreUnavailable
+from lambda_hat.policies.spec import PolicySpec
 from lambda_hat.run import RunSpec
 from lambda_hat.runtime import configure
 from lambda_hat.settings import Settings, load_settings
@@ -99,3 +102,19 @@ def measure(artifact_id: str, label: str, spec: dict[str, Any], curvature: bool,
     configure(settings.runtime)
     made = artifacts.build_target(TrialSpec.from_dict(spec), store, log_progress(settings))
     return studies.measure_curvature(artifact_id, store).summary if curvature else made.summary
+
+
+@artifact_task(name="measure-update", task_run_name="measure {label}")
+def measure_update(artifact_id: str, label: str, spec: dict[str, Any], chunks: tuple[int, int], place: Place) -> dict[str, Any]:
+    """An update of a policy in the store, taken apart: its batches, its parts, what they do to the entropy."""
+    settings, store = open_place(place)
+    configure(settings.runtime)
+    return policies.measure_update(EntropySpec.from_dict(spec), store, *chunks, log_progress(settings)).summary
+
+
+@artifact_task(name="train-policy", task_run_name="train {label}")
+def train_policy(artifact_id: str, label: str, spec: dict[str, Any], place: Place) -> dict[str, Any]:
+    """A policy, with its checkpoints and its optimizer's states."""
+    settings, store = open_place(place)
+    configure(settings.runtime)
+    return artifacts.build_target(PolicySpec.from_dict(spec), store, log_progress(settings)).summary

@@ -34,7 +34,7 @@ from lambda_hat.run import RunSpec, labels
 from lambda_hat.sampling import Run, lane_width, sample_runs
 from lambda_hat.spec import InvalidInput, content_id
 from lambda_hat.store import Store
-from lambda_hat.target import Dataset, Target, TargetSpec, Unfinished, mean_loss_float64, metrics_at
+from lambda_hat.target import Dataset, Params, Target, TargetSpec, Unfinished, mean_loss_float64, metrics_at
 from lambda_hat.targets import AnyTargetSpec
 from lambda_hat.targets.custom import CustomSpec
 from lambda_hat.trace import Checkpoint, Trace
@@ -65,6 +65,7 @@ def publish_target(target: Target, store: Store) -> Manifest:
         "observables": flatten({name: dataset.samples for name, dataset in target.observables.items()}),
     }
     arrays |= {_checkpoint_name(step): flatten(params) for step, params in target.checkpoints.items()}
+    arrays |= {_state_name(step): flatten(state) for step, state in target.states.items()}
     files = {
         f"{name}.npz": pack_arrays({key: np.asarray(array) for key, array in group.items()}) for name, group in arrays.items()
     }
@@ -98,6 +99,15 @@ def load_target(store: Store, target_id: str, checkpoint: int | None = None) -> 
         spec.model_copy(update={"checkpoint": checkpoint}), unflatten(params), Dataset(samples, constants), metrics, history,
         {name: Dataset(observed, constants) for name, observed in unflatten(observables).items()},
     )  # fmt: skip
+
+
+def load_state(store: Store, target_id: str, checkpoint: int) -> Params:
+    """The optimizer's state after a training step of a target in the store.
+
+    Raises:
+      ArtifactError: it is not in the store, or its bytes have changed.
+    """
+    return unflatten(unpack_arrays(store.read(target_address(target_id), f"{_state_name(checkpoint)}.npz")))
 
 
 def sample_batch(specs: Sequence[RunSpec], store: Store, progress: Progress = no_progress) -> list[Manifest]:
@@ -344,3 +354,8 @@ def load_training(store: Store, address: Address) -> Unfinished | None:
 def _checkpoint_name(step: int) -> str:
     """Of a training checkpoint's file: each is read alone."""
     return f"params-{step}"
+
+
+def _state_name(step: int) -> str:
+    """The same of the optimizer's state."""
+    return f"state-{step}"

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lambda_hat import __version__, gallery
-from lambda_hat.batch_size.commands import add_commands
+from lambda_hat.batch_size import commands as batch_size
+from lambda_hat.entropy import commands as entropy
 from lambda_hat.manifest import Address, ArtifactError, Manifest, StoreUnavailable, diagnosis_address
 from lambda_hat.settings import load_settings
 from lambda_hat.spec import InvalidInput, dotted
@@ -31,8 +32,13 @@ LS_COLUMNS = {
     "sweeps": ["id", "num_runs", "created_at"],
     "trials": ["id", "num_trials", "num_diverged", "seconds", "created_at"],
     "studies": ["id", "spec.name", "num_trials", "num_diverged", "created_at"],
+    "entropy": ["id", "target_id", "checkpoint", "spec.integrand", "num_update", "seconds", "created_at"],
+    "entropy-studies": ["id", "spec.name", "num_measured", "created_at"],
 }
-KINDS = {"targets": "target", "runs": "run", "sweeps": "sweep", "trials": "trials", "studies": "study"}
+KINDS = {
+    "targets": "target", "runs": "run", "sweeps": "sweep", "trials": "trials", "studies": "study", "entropy": "entropy",
+    "entropy-studies": "entropy_study",
+}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -146,7 +152,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     gc.set_defaults(run=_gc)
 
-    add_commands(commands, common)
+    batch_size.add_commands(commands, common)
+    entropy.add_commands(commands, common)
     return parser
 
 

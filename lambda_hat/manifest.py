@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from lambda_hat.spec import InvalidInput, canonical_json, check_id
 
-Kind = Literal["target", "run", "diagnosis", "curvature", "sweep", "trials", "study"]
+Kind = Literal["target", "run", "diagnosis", "curvature", "sweep", "trials", "study", "entropy", "entropy_study"]
 
 #: Part of where diagnoses lie and of sweeps' ids. Raise it when estimates, verdicts or plots change: draws stay, and the next
 #: sweep over them diagnoses them anew.
@@ -28,6 +28,8 @@ KINDS: dict[Kind, tuple[str, str]] = {  # the prefix of its ids, its folder belo
     "sweep": ("swp", "sweeps/{id}"),
     "trials": ("trl", "trials/{id}"),
     "study": ("sty", "studies/{id}"),
+    "entropy": ("ent", "entropy/{id}"),
+    "entropy_study": ("ens", "entropy_studies/{id}"),
 }
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 
@@ -92,6 +94,15 @@ def trials_address(trials_id: str) -> Address:
 
 def study_address(study_id: str) -> Address:
     return Address("study", study_id, None)
+
+
+def entropy_address(entropy_id: str) -> Address:
+    """Of an update of a policy that was taken apart."""
+    return Address("entropy", entropy_id, None)
+
+
+def entropy_study_address(study_id: str) -> Address:
+    return Address("entropy_study", study_id, None)
 
 
 def _check_prefix(text: Any, prefix: str) -> None:

@@ -96,6 +96,22 @@ def make_plan(settings: Settings, experiment: str | None = None, overrides: Sequ
     return sorted(runs.values(), key=lambda run: order[run.target_id])
 
 
+def make_targets(settings: Settings, overrides: Sequence[str]) -> list[TargetSpec]:
+    """The targets that overrides choose with `target=` and change, as `make_plan` has them.
+
+    Raises:
+      InvalidInput: as there, or an override is about something else.
+    """
+    sweep = parse_sweep(overrides)
+    names = _chosen("target", [sweep])
+    if not names:
+        raise InvalidInput("A plan needs targets; got none. Choose with target=NAME; --list has them.")
+    plan = _Plan(settings, sweep, {"target": names})
+    found = [cast(TargetSpec, spec) for name in names for spec in plan.specs("target", name, {})]
+    plan.check_all_applied([sweep])
+    return found
+
+
 def check_own(settings: Settings, spec: TargetSpec) -> None:
     """Refuses a custom target read from a store unless a preset of these settings names its function: whoever wrote the store
     would else decide what is imported here.
@@ -328,7 +344,7 @@ def _class(section: str, fields: Mapping[str, Any], where: str) -> type[Spec]:
 def _component_classes(component: str) -> list[type[Spec]]:
     """The classes of this component in the target families."""
     fields = (cls.model_fields.get(component) for cls in CLASSES["target"].values())
-    return list(dict.fromkeys(cast(type[Spec], field.annotation) for field in fields if field))
+    return list(dict.fromkeys(cast(type[Spec], model) for field in fields if field for model in models_in(field.annotation)))
 
 
 def _checkpoints(spec: TargetSpec, name: str) -> list[TargetSpec]:

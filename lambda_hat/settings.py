@@ -115,6 +115,14 @@ class StudyExperiment(Experiment):
     curvature: bool = Field(default=False, description="whether the curvature and the noise scale at the end are measured")
 
 
+class EntropyExperiment(Experiment):
+    """An entropy study: a union of sweeps over updates of policies, and how they are measured and shown."""
+
+    plots: tuple[str, ...] = Field(default=(), description="names of plots; none = all that apply")
+    grad_chunk_size: int = Field(default=0, ge=0, description="training sequences held together; 0 = as memory allows")
+    tf_batch_size: int = Field(default=0, ge=0, description="sequences in a forward pass; 0 = as memory allows")
+
+
 class Settings(BaseSettings):
     """All settings. The environment wins over arguments; `load_settings` passes the file's content as arguments."""
 
@@ -127,6 +135,7 @@ class Settings(BaseSettings):
     presets: Presets = Presets()
     experiments: dict[Name, Experiment] = {}
     studies: dict[Name, StudyExperiment] = {}
+    entropy: dict[Name, EntropyExperiment] = {}
 
     @classmethod
     def settings_customise_sources(

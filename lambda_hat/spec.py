@@ -20,8 +20,8 @@ ALGORITHM_VERSION = 3
 
 Precision = Literal["float32", "float64"]
 
-#: Of targets, runs, sweeps, trials trained together and studies.
-ID_PREFIXES = "tgt|run|swp|trl|sty"
+#: Of targets, runs, sweeps, trials trained together, studies of trials, measured updates of policies, studies of these.
+ID_PREFIXES = "tgt|run|swp|trl|sty|ent|ens"
 ID_PATTERN = re.compile(rf"({ID_PREFIXES})_[0-9a-f]{{16}}")
 
 
@@ -70,7 +70,7 @@ def dotted(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def content_id(prefix: Literal["tgt", "run", "swp", "trl", "sty"], content: Any) -> str:
+def content_id(prefix: Literal["tgt", "run", "swp", "trl", "sty", "ent", "ens"], content: Any) -> str:
     """`<prefix>_<16 hex digits>`: the first 64 bits of the SHA-256 of the content's canonical JSON."""
     text = canonical_json({"algorithm_version": ALGORITHM_VERSION, "content": content})
     return f"{prefix}_{hashlib.sha256(text.encode('ascii')).hexdigest()[:16]}"

@@ -11,6 +11,8 @@ however many write at once: equal ids have equal content, and the last manifest 
     <root>/sweeps/<sweep_id>/                              the same
     <root>/trials/<trials_id>/                             the same
     <root>/studies/<study_id>/                             the same
+    <root>/entropy/<entropy_id>/                           the same
+    <root>/entropy_studies/<study_id>/                     the same
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from lambda_hat.manifest import (
     check_name,
     curvature_address,
     diagnosis_address,
+    entropy_address,
     parse_manifest,
     run_address,
     sha256,
@@ -56,7 +59,7 @@ _PARALLEL_FILES = 4  # each is in memory as a whole
 #: What work that was killed may leave behind. `clean` looks at nothing else.
 _LEFT = re.compile(
     r"(?P<folder>targets/tgt_[0-9a-f]{16}(/curvature[^/]*|/runs/run_[0-9a-f]{16}(/diagnosis[^/]*)?)?"
-    r"|(sweeps/swp|trials/trl|studies/sty)_[0-9a-f]{16})"
+    r"|(sweeps/swp|trials/trl|studies/sty|entropy/ent|entropy_studies/ens)_[0-9a-f]{16})"
     r"/(?P<what>files/[0-9a-f]{32}(?=/)|checkpoint$|(manifest\.json|checkpoint)\.[0-9a-f]{32}\.tmp$)"
 )
 
@@ -315,7 +318,8 @@ class Store:
 
     def related(self, address: Address) -> list[Address]:
         """An artifact with what it is made from and what is made from it, published or not: a target with its curvature, its
-        runs and their diagnoses, a run with its target and its diagnosis, a sweep or a study with all it compares.
+        runs and their diagnoses, a run with its target and its diagnosis, a measured update of a policy with its target, a
+        sweep or a study with all it compares.
         """
         found, runs = {address: None}, []
         if address.kind == "target":
@@ -323,8 +327,11 @@ class Store:
             found[curvature_address(address.id)] = None
         elif address.kind == "run":
             runs = [address]
-        elif address.kind in ("sweep", "study"):
+        elif address.kind == "entropy":
+            found[target_address(self._load(address).summary["target_id"])] = None
+        elif address.kind in ("sweep", "study", "entropy_study"):
             spec = self._load(address).spec
+            found |= dict.fromkeys(map(entropy_address, spec.get("entropy_ids", [])))
             runs = [run for run in self._addresses("run") if run.id in set(spec["run_ids"])]
             found |= dict.fromkeys(map(trials_address, spec.get("trials_ids", [])))
             for target_id in spec.get("target_ids", []):

@@ -151,6 +151,7 @@ class Target:
     observables: named datasets with the arrays of `dataset.samples`, each of at most OBSERVABLE_SIZE samples, whose losses can
       be followed during sampling.
     checkpoints: training step -> parameters, of a target just built; from a store `load_target` gets them one by one.
+    states: the same for the optimizer's state after that step, of families that keep it; `load_state` gets them.
     """
 
     spec: TargetSpec
@@ -160,6 +161,7 @@ class Target:
     history: dict[str, np.ndarray] = field(default_factory=dict)
     observables: dict[str, Dataset] = field(default_factory=dict)
     checkpoints: dict[int, Params] = field(default_factory=dict)
+    states: dict[int, Params] = field(default_factory=dict)
 
     @property
     def target_id(self) -> str:

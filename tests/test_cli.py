@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from lambda_hat import artifacts, report
-from lambda_hat.cli import main
+from lambda_hat.cli import KINDS, main
 from lambda_hat.manifest import diagnosis_address, run_address, sweep_address, target_address
 from lambda_hat.posterior import PosteriorSpec
 from lambda_hat.run import RunSpec
@@ -90,11 +90,11 @@ def test_ls(run, store):
     result = run("ls")
     assert (result.status, result.err) == (0, "")
     sections = {head: "\n".join(rows) for head, *rows in (text.split("\n") for text in result.out.strip().split("\n\n"))}
-    counts = {"targets": 2, "runs": 4, "sweeps": 1, "trials": 0, "studies": 0}
+    counts = {"targets": 2, "runs": 4, "sweeps": 1, "trials": 0, "studies": 0, "entropy": 0, "entropy-studies": 0}
     assert list(sections) == [f"{kind} ({count}) in {store.uri}" for kind, count in counts.items()]
     # Oldest first.
     ids = [[line.split()[0] for line in text.split("\n")[1:]] for text in sections.values()]
-    assert ids == [[*TARGETS], RUNS, [SWEEP], [], []]
+    assert ids == [[*TARGETS], RUNS, [SWEEP], [], [], [], []]
     header, *lines = (line.split() for line in sections[f"targets (2) in {store.uri}"].split("\n"))
     first, second = (dict(zip(header, line, strict=True)) for line in lines)
     assert (first["family"], first["num_params"], first["num_data"], first["true_llc"]) == ("quadratic", "4", "300", "4/2")
@@ -111,7 +111,7 @@ def test_ls_of_some_kinds(run, kinds):
 
 def test_ls_json(run, store):
     listing = json.loads(run("ls", "--json").out)
-    assert list(listing) == ["targets", "runs", "sweeps", "trials", "studies"]
+    assert list(listing) == list(KINDS)
     assert [row["id"] for row in listing["runs"]] == RUNS
     for row, spec in zip(listing["runs"], [*SPECS, RAW], strict=True):
         assert (row["target_id"], row["spec.sampler.kind"]) == (spec.target_id, spec.sampler.kind)
@@ -454,7 +454,10 @@ def test_bad_store_is_refused(run, command, uri, words):
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        (["ls", "diagnoses"], "a kind is one of targets, runs, sweeps, trials, studies; got 'diagnoses'"),
+        (
+            ["ls", "diagnoses"],
+            "a kind is one of targets, runs, sweeps, trials, studies, entropy, entropy-studies; got 'diagnoses'",
+        ),
         (["results", "--format", "xml"], "'xml' (choose from"),
         (["destroy"], "'destroy' (choose from"),
         (["show"], "required: ID"),
@@ -474,9 +477,7 @@ def test_malformed_command(run, arguments, word):
 
 def test_empty_store(run, tmp_path):
     empty = str(tmp_path / "empty")
-    assert run("ls", store_uri=empty).out.split() == [
-        word for kind in ("targets", "runs", "sweeps", "trials", "studies") for word in (kind, "(0)", "in", empty)
-    ]
+    assert run("ls", store_uri=empty).out.split() == [word for kind in KINDS for word in (kind, "(0)", "in", empty)]
     assert set(map(len, json.loads(run("ls", "--json", store_uri=empty).out).values())) == {0}
     assert run("results", store_uri=empty).out == f"no results in {empty}; python flows/sweep.py makes some\n"
     assert json.loads(run("results", "--format", "json", store_uri=empty).out) == []

@@ -17,6 +17,7 @@ from prefect.server.schemas.actions import WorkPoolCreate
 from prefect.utilities.schema_tools import is_valid_schema, validate
 
 from lambda_hat.batch_size.plan import make_study
+from lambda_hat.entropy.plan import make_entropy_plan
 from lambda_hat.plan import make_plan
 from lambda_hat.settings import load_settings
 
@@ -61,7 +62,7 @@ def test_deployment(path, deployment):
     for chosen in ({}, *(schedule.get("parameters", {}) for schedule in deployment.get("schedules", []))):
         parameters = deployment.get("parameters", {}) | chosen
         flow.validate_parameters(parameters)
-        plan = {"sweep": make_plan, "batch_size": make_study}[flow.name]
+        plan = {"sweep": make_plan, "batch_size": make_study, "entropy": make_entropy_plan}[flow.name]
         assert plan(settings, parameters.get("experiment"), parameters.get("overrides", ()))
     pool = deployment["work_pool"]
     assert f"prefect work-pool create {pool['name']} --type " in DOCUMENT
@@ -72,7 +73,7 @@ def test_deployment(path, deployment):
 
 def test_every_flow_can_be_deployed():
     deployed = {deployment.values[1]["entrypoint"] for deployment in DEPLOYMENTS if deployment.values[0].name == "prefect.yaml"}
-    assert deployed == {"flows/sweep.py:sweep", "flows/batch_size.py:batch_size"}
+    assert deployed == {"flows/sweep.py:sweep", "flows/batch_size.py:batch_size", "flows/entropy.py:entropy"}
 
 
 def test_each_gpu_is_one_queues():

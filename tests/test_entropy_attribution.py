@@ -18,7 +18,8 @@ from lambda_hat.entropy.attribution import Training, attribution_matrix, entropy
 from lambda_hat.entropy.estimators import baselines, evaluate, orders
 from lambda_hat.entropy.exact import exact_derivatives, exact_entropy
 from lambda_hat.entropy.importance import snis
-from lambda_hat.entropy.sequences import Batch, all_token_stats, group_advantages, loss_weights
+from lambda_hat.entropy.sequences import Batch, all_token_stats
+from lambda_hat.policies.objective import group_advantages, sequence_weights
 
 UPDATE = batch_of([1, 2, 3, 0], [1, 2, 0], [1, 3, 2, 2, 0], [1, 3, 1, 1, 1], [1, 1, 2, 0])
 HYPER = AdamW(0.9, 0.99, 1e-6, 0.1, 0.05)
@@ -28,7 +29,7 @@ HYPER = AdamW(0.9, 0.99, 1e-6, 0.1, 0.05)
 def training():
     """An update of five sequences, by an optimizer that has taken two steps before."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        weights = loss_weights(group_advantages([[1, 0, 0, 1, 0]]).advantages_BG[0], UPDATE.mask_BT.sum(1), 5)
+        weights = sequence_weights(group_advantages(np.array([[1, 0, 0, 1, 0]])), UPDATE.mask_BT.sum(1)[None])[0]
         gradient = aggregate_gradient(APPLY, PARAMS, UPDATE, weights)
         optimizer = optax.adamw(1e-2, HYPER.beta1, HYPER.beta2)
         state = jax.jit(optimizer.init)(PARAMS)

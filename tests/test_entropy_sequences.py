@@ -12,10 +12,8 @@ from lambda_hat.entropy.sequences import (
     Batch,
     all_token_stats,
     check_batch,
-    group_advantages,
-    loss_weights,
 )
-from lambda_hat.policies.objective import policy_loss
+from lambda_hat.policies.objective import group_advantages, policy_loss, sequence_weights
 from lambda_hat.spec import InvalidInput
 
 VOCABULARY, END = 4, 0
@@ -88,11 +86,8 @@ def test_what_a_policy_holds_is_an_argument():
 
 
 def test_advantages():
-    rewards = np.array([[1.0, 0, 0, 0], [0.1, 0.1 + 1e-9, 0.1, 0.1], [2, 2, 4, 4]])
-    found = group_advantages(rewards)
-    np.testing.assert_allclose(found.advantages_BG[[0, 2]], [[0.75, -0.25, -0.25, -0.25], [-1, -1, 1, 1]], rtol=1e-12)
-    assert found.flat_B.tolist() == [False, True, False]
-    assert group_advantages(rewards, tolerance=0.0).flat_B.tolist() == [False, False, False]
+    rewards = np.array([[1.0, 0, 0, 0], [2, 2, 4, 4]])
+    np.testing.assert_allclose(group_advantages(rewards), [[0.75, -0.25, -0.25, -0.25], [-1, -1, 1, 1]], rtol=1e-12)
 
 
 def test_loss_is_the_definition():
@@ -100,7 +95,7 @@ def test_loss_is_the_definition():
     rows = [[1, 2, 3, 0], [1, 2, 0], [1, 3, 2, 2, 0], [1, 3, 1, 1, 1]]
     batch = batch_of(*rows)
     advantages = np.array([0.5, -0.5, 1.0, -1.0])
-    weights = loss_weights(advantages, batch.mask_BT.sum(1), group_size=2)
+    weights = sequence_weights(advantages.reshape(2, 2), batch.mask_BT.sum(1).reshape(2, 2)).ravel()
     logp = all_token_stats(apply, params, batch).logp_BT
     prompts = [
         sum(-advantages[i] * logp[i].sum() for i in (0, 1)) / (2 * 2),
@@ -118,5 +113,3 @@ def test_wrong_batches_are_refused():
             check_batch(Batch(tokens, np.array(mask)))
     with pytest.raises(InvalidInput, match="one shape"):
         check_batch(Batch(tokens, np.ones((1, 3))))
-    with pytest.raises(InvalidInput, match="group_size=3"):
-        loss_weights(np.ones(4), np.ones(4), 3)

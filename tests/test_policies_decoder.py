@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from lambda_hat.policies.decoder import DecoderSpec, decoder, rotate
+from lambda_hat.policies.decoder import Cache, DecoderSpec, decoder, rotate
 
 SPEC = DecoderSpec(width=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=20)
 VOCAB = 11
@@ -81,10 +81,10 @@ def test_steps_with_a_cache_give_the_logits_of_the_whole_sequence():
     whole = jax.jit(network.apply)(params, TOKENS)
     # Prompts of 3, 1 and 2 tokens, padded to 3 with what lies in TOKENS there, then one token at a time from each one's end.
     lengths = np.array([3, 1, 2], np.int32)
-    first, cache = step(params, network.init_cache(3, 7, np.float64), TOKENS[:, :3], np.zeros(3, np.int32))
+    first, cache = step(params, network.init_caches(3, 7, np.float64), TOKENS[:, :3], np.zeros(3, np.int32))
     np.testing.assert_allclose(first, whole[:, :3], rtol=1e-10, atol=1e-12)
-    poisoned = np.where(np.arange(7)[:, None, None] >= lengths[:, None, None, None], 1e3, 0.0)
-    cache = jax.tree.map(lambda leaf: leaf + poisoned[None], cache)
+    poison = np.where(np.arange(7) >= lengths[:, None, None, None], 1e3, 0.0)
+    cache = tuple(Cache(layer.keys + poison, layer.values + poison.swapaxes(2, 3)) for layer in cache)
     for t in range(4):
         positions = lengths + t
         logits, cache = step(params, cache, TOKENS[np.arange(3), positions][:, None], positions)

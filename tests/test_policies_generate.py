@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from lambda_hat.entropy.exact import enumerate_completions
 from lambda_hat.policies.decoder import DecoderSpec, decoder
 from lambda_hat.policies.generate import _generate, generate, sequences, token_statistics
-from lambda_hat.policies.tasks import enumerate_completions
 from lambda_hat.policies.tokenizer import EOS, PAD
 
 VOCAB, LENGTH = 5, 3
@@ -31,11 +31,9 @@ def keys(seed, number):
 
 def exact(params, prompt, length):
     """Every completion and its probability, by the full forward pass."""
-    completions, own = enumerate_completions(VOCAB, LENGTH)
-    number = len(completions)
-    tokens, mask = sequences(np.tile(prompt, (number, 1)), np.full(number, length, np.int32), completions)
+    tokens, mask = enumerate_completions([prompt[:length]], VOCAB, LENGTH, EOS).batch
     log_probs, _ = STATISTICS(NETWORK.apply, params, tokens)
-    return completions, own, np.exp(np.sum(np.where(mask, log_probs, 0), axis=1))
+    return tokens[:, length:], mask[:, length:], np.exp(np.sum(np.where(mask, log_probs, 0), axis=1))
 
 
 NUMBER = 8000  # sequences of a batch; one size, so that one program serves
@@ -90,6 +88,30 @@ def test_sequences_are_prompts_then_completions_up_to_the_end_token(params):
     tokens, mask = sequences(PROMPTS[rows], LENGTHS[rows], samples.completions)
     np.testing.assert_array_equal(tokens, samples.tokens)
     np.testing.assert_array_equal(mask, samples.mask)
+
+
+def test_any_token_may_end_a_completion(params):
+    end = 4
+    samples = generate(
+        NETWORK, params, keys(6, NUMBER), PROMPTS[np.zeros(NUMBER, int)], np.full(NUMBER, 3, np.int32), LENGTH, end_token=end
+    )
+    default, _ = draw(params, 6, [0])
+    for completion, other, mask in list(zip(samples.completions, default.completions, np.asarray(samples.mask), strict=True))[
+        :200
+    ]:
+        size = list(completion).index(end) + 1 if end in completion else LENGTH
+        np.testing.assert_array_equal(mask[3:], np.arange(LENGTH) < size)
+        assert np.all(completion[size:] == PAD)
+        # The same draws, but for where they stop.
+        both = min(size, list(other).index(EOS) + 1 if EOS in other else LENGTH)
+        np.testing.assert_array_equal(completion[:both], other[:both])
+    assert {EOS, end} <= set(np.unique(samples.completions[:, 0]))
+    # The end token may be the one that pads.
+    tokens, mask = sequences(
+        np.array([[3, 4]], np.int32), np.array([2], np.int32), np.array([[3, PAD, PAD]], np.int32), end_token=PAD
+    )
+    assert mask.tolist() == [[False, False, True, True, False]]
+    assert tokens.tolist() == [[3, 4, 3, PAD, PAD]]
 
 
 def test_a_sequence_does_not_depend_on_its_batch_and_prompts_do_not_recompile(params):

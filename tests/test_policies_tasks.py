@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
-from lambda_hat.policies.tasks import AdditionTask, ModularTask, enumerate_completions, rewards
+from lambda_hat.policies.tasks import AdditionTask, FewShotAdditionTask, ModularTask, TokenizedTask, rewards
 from lambda_hat.policies.tokenizer import BOS, EOS, PAD, Tokenizer
 from lambda_hat.spec import InvalidInput
+
+
+def in_characters(task):
+    return TokenizedTask(task, Tokenizer(task.characters))
 
 
 def test_text_survives_tokens():
@@ -20,26 +25,45 @@ def test_text_survives_tokens():
         tokenizer.encode("1*2")
 
 
+FEW = FewShotAdditionTask(limit=12, examples=((3, 4), (9, 6)))
+
+
 @pytest.mark.parametrize(
-    ("task", "number", "right"), [(ModularTask(), 121, lambda a, b: (a + b) % 11), (AdditionTask(), 8100, lambda a, b: a + b)]
+    ("task", "number", "right", "before"),
+    [
+        (ModularTask(), 121, lambda a, b: (a + b) % 11, ""),
+        (AdditionTask(), 8100, lambda a, b: a + b, ""),
+        (FEW, 144, lambda a, b: a + b, "3+4=7\n9+6=15\n"),
+    ],
 )
-def test_every_prompt_has_its_answer(task, number, right):
-    prompts = task.prompts()
+def test_every_prompt_has_its_answer(task, number, right, before):
+    tokenized = in_characters(task)
+    prompts, end_token = tokenized.prompts(), tokenized.end_token
     assert len(prompts.texts) == len(set(prompts.texts)) == task.num_prompts == number
-    decode = task.tokenizer.decode
+    decode = tokenized.tokenizer.decode
     for text, tokens, length, answer in zip(*prompts, strict=True):
         assert tokens[0] == BOS
         assert np.all(tokens[length:] == PAD)
         assert decode(tokens[:length]) == text
-        a, b = text.removesuffix("=").split("+")
-        end = list(answer).index(EOS)
-        assert decode(answer[:end]) == str(right(int(a), int(b)))
+        a, b = text.removeprefix(before).removesuffix("=").split("+")
+        end = list(answer).index(end_token)
+        assert decode(answer[:end]) == tokenized.text(answer) == str(right(int(a), int(b)))
         assert np.all(answer[end + 1 :] == PAD)
-    assert prompts.answers.shape[1] == task.max_length
+    assert prompts.answers.shape[1] == tokenized.max_length
+
+
+def test_the_end_of_an_answer_is_the_tasks():
+    assert in_characters(ModularTask()).end_token == EOS
+    few = in_characters(FEW)
+    assert few.tokenizer.decode([few.end_token]) == "\n"
+    assert few.text([*few.tokenizer.encode("12"), few.end_token, PAD]) == "12"
+    assert few.text(few.tokenizer.encode("123")) == "123"
+    with pytest.raises(ValidationError, match="pairs of numbers of at least 0"):
+        FewShotAdditionTask(examples=((1, -2),))
 
 
 def test_only_the_whole_answer_is_rewarded():
-    task = ModularTask()
+    task = in_characters(ModularTask())
     answers = task.custom_prompts(["5+5="] * 5, ["10"] * 5).answers
     one, zero = task.tokenizer.encode("10")
     completions = [[one, zero, EOS], [one, EOS, PAD], [one, zero, zero], [zero, one, EOS], [EOS, PAD, PAD]]
@@ -47,15 +71,25 @@ def test_only_the_whole_answer_is_rewarded():
 
 
 def test_custom_prompts_use_the_tasks_characters():
-    prompts = ModularTask().custom_prompts(["1+2+3=", "4="], ["6", "4"])
+    task = in_characters(ModularTask())
+    prompts = task.custom_prompts(["1+2+3=", "4="], ["6", "4"])
     assert list(prompts.lengths) == [7, 3]
-    with pytest.raises(InvalidInput, match="at most 2 characters"):
-        ModularTask().custom_prompts(["9="], ["999"])
+    assert prompts.answers.tolist() == [[9, EOS, PAD], [7, EOS, PAD]]
+    with pytest.raises(InvalidInput, match="at most 3 tokens"):
+        task.custom_prompts(["9="], ["999"])
 
 
-def test_enumeration_is_complete():
-    tokens, mask = enumerate_completions(4, 3)
-    assert len(tokens) == len({tuple(row[own]) for row, own in zip(tokens, mask, strict=True)}) == 1 + 3 + 9 * 4
-    # The probabilities of tokens drawn independently sum to one.
-    p = np.array([0.1, 0.2, 0.3, 0.4])
-    assert np.sum(np.prod(np.where(mask, p[tokens], 1.0), axis=1)) == pytest.approx(1)
+def test_answers_must_not_change_the_tokens_of_prompts():
+    class Merging(Tokenizer):
+        def encode(self, text):
+            return [99 if char == "M" else Tokenizer.encode(self, char)[0] for char in text.replace("=1", "M")]
+
+    with pytest.raises(InvalidInput, match="those of '0\\+1=' and '1' are not"):
+        TokenizedTask(ModularTask(), Merging(ModularTask().characters)).prompts()
+
+    class NoLineBreak(Tokenizer):
+        def encode(self, text):
+            return Tokenizer.encode(self, text.replace("\n", "="))
+
+    with pytest.raises(InvalidInput, match=r"'\\n' is not one of this tokenizer's"):
+        _ = TokenizedTask(FEW, NoLineBreak(FEW.characters)).end_token

@@ -7,14 +7,20 @@ import json
 import jax
 import numpy as np
 import pytest
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
+from lambda_hat.artifacts import load_state, load_target, publish_target
 from lambda_hat.policies.decoder import DecoderSpec
 from lambda_hat.policies.generate import generate, token_statistics
+from lambda_hat.policies.lora import LoraSpec, merge
 from lambda_hat.policies.objective import group_advantages, policy_loss, sequence_weights
+from lambda_hat.policies.policy import policy_of
 from lambda_hat.policies.spec import PolicySpec, RlSpec, WarmStartSpec
 from lambda_hat.policies.tasks import ModularTask, rewards
 from lambda_hat.policies.train import to_target, train_policy
+from lambda_hat.spec import InvalidInput
+from lambda_hat.store import Store
+from lambda_hat.targets.singular import TanhSpec
 
 pytestmark = pytest.mark.usefixtures("library_promotion")
 
@@ -59,7 +65,7 @@ def test_weights_make_the_loss_the_mean_over_prompts():
         for g in range(4):
             advantage = rewards_ug[b, g] - rewards_ug[b].mean()
             expected -= advantage * np.sum(log_probs[4 * b + g][mask[b, g]]) / (4 * longest) / 3
-    weights = sequence_weights(group_advantages(rewards_ug), mask).reshape(-1)
+    weights = sequence_weights(group_advantages(rewards_ug), mask.sum(axis=2)).reshape(-1)
     loss = policy_loss(lambda params, tokens: params, logits, tokens, mask.reshape(12, 6), weights)
     assert float(loss) == pytest.approx(expected, rel=1e-12)
 
@@ -86,12 +92,12 @@ def test_an_update_is_adamw_on_the_gradient_of_its_batch(policy):
     before, after = one.checkpoints[0], one.checkpoints[1]
     assert (int(before.count), int(after.count)) == (0, 1)
     # The batch of the first update, drawn again.
-    network, prompts = SPEC.decoder(), SPEC.task.prompts()
+    network, prompts = SPEC.decoder(), SPEC.tokenized().prompts()
     rl_key = jax.random.split(jax.random.key(SPEC.seed))[1]
     prompt_key, completion_key = jax.random.split(jax.random.fold_in(rl_key, 0))
     ids = np.repeat(np.asarray(jax.random.randint(prompt_key, (8,), 0, 9)), 8)
     keys = jax.random.split(completion_key, 64)
-    samples = generate(network, before.params, keys, prompts.tokens[ids], prompts.lengths[ids], SPEC.task.max_length)
+    samples = generate(network, before.params, keys, prompts.tokens[ids], prompts.lengths[ids], SPEC.tokenized().max_length)
     right = np.asarray(rewards(samples.completions, prompts.answers[ids]), np.float64)
     assert one.history["accuracy"][0] == np.mean(right)
     weights = np.zeros(64)
@@ -147,8 +153,77 @@ def test_a_policy_is_a_target(policy):
             "step": step, "init_loss": pytest.approx(float(np.mean(losses))),
             "accuracy": pytest.approx(float(np.mean(np.exp(-losses)))),
         }  # fmt: skip
+        assert target.states[step] == {name: getattr(policy.checkpoints[step], name) for name in ("count", "mu", "nu")}
     assert target.metrics["accuracy"] == row["accuracy"]
     assert {len(curve) for curve in target.history.values()} == {80}
+
+
+LORA = SPEC.model_copy(
+    update={"lora": LoraSpec(rank=2, matrices=("*/query", "*/down")), "rl": SPEC.rl.model_copy(update={"num_steps": 20})}
+)
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    saves = []
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return train_policy(LORA, save=saves.append), saves
+
+
+def test_adapters_are_trained_alone(policy, adapted):
+    trained, _ = adapted
+    # The same warm start; its network is frozen, and the first checkpoint computes what it does.
+    jax.tree.map(np.testing.assert_array_equal, trained.base, policy.checkpoints[0].params)
+    first, last = trained.checkpoints[0], trained.checkpoints[20]
+    assert set(first.params) == {"layer_0/query", "layer_0/down"}
+    assert jax.tree.structure(first.mu) == jax.tree.structure(first.params)
+    assert all(np.all(leaves["b"] == 0) and np.any(last.params[module]["b"] != 0) for module, leaves in first.params.items())
+    assert trained.history["accuracy"][0] == policy.history["accuracy"][0]
+    assert trained.history["entropy"][0] == pytest.approx(policy.history["entropy"][0], rel=1e-12)
+    assert np.mean(trained.history["accuracy"][-5:]) > np.mean(trained.history["accuracy"][:5])
+
+
+def test_a_resumed_training_of_adapters_gives_the_same_numbers(adapted):
+    trained, saves = adapted
+    for unfinished in (next(save for save in saves if not save.checkpoints), saves[-1]):
+        equal(train_policy(LORA, resume=unfinished)._replace(spec=None), trained._replace(spec=None))
+
+
+def test_a_policy_with_adapters_is_a_target_of_its_own(adapted, tmp_path):
+    target = to_target(adapted[0])
+    store = Store(str(tmp_path))
+    publish_target(target, store)
+    loaded = load_target(store, target.target_id, 20)
+    per_sample_loss = jax.jit(LORA.objective().per_sample_loss)
+    losses = per_sample_loss(loaded.params_star, loaded.dataset)
+    assert target.metrics["init_loss"] == pytest.approx(float(np.mean(losses)), rel=1e-12)
+    gradient = jax.jit(jax.grad(lambda params: per_sample_loss(params, loaded.dataset).sum()))(loaded.params_star)
+    assert jax.tree.structure(gradient) == jax.tree.structure(adapted[0].params)
+    # The network with the adapters merged has the same losses.
+    policy = policy_of(loaded)
+    merged = merge(LORA.lora, policy.base, policy.params)
+    np.testing.assert_allclose(jax.jit(SPEC.objective().per_sample_loss)(merged, loaded.dataset), losses, rtol=1e-9)
+    logits = jax.jit(lambda apply, params, tokens: apply(params, tokens))(
+        policy.apply, policy.params, loaded.dataset.samples["tokens"]
+    )
+    np.testing.assert_allclose(
+        logits, jax.jit(policy.decoder.apply)(merged, loaded.dataset.samples["tokens"]), rtol=1e-9, atol=1e-12
+    )
+    state = load_state(store, target.target_id, 20)
+    assert int(state["count"]) == 20
+    jax.tree.map(np.testing.assert_array_equal, state["nu"], adapted[0].checkpoints[20].nu)
+    with pytest.raises(InvalidInput, match="family policy is needed"):
+        policy_of(TanhSpec().build())
+
+
+def test_a_pretrained_model_has_no_warm_start():
+    model = {"kind": "pretrained", "path": "nowhere", "sha256": "0" * 64}
+    spec = PolicySpec.from_dict({"model": model, "warm_start": {"max_steps": 0}})
+    assert spec.num_data == 121
+    with pytest.raises(ValidationError, match="max_steps must be 0 for a pretrained model"):
+        PolicySpec.from_dict({"model": model})
+    with pytest.raises(InvalidInput, match="which is none of these"):
+        spec.decoder()
 
 
 def test_a_diverged_training_is_refused():

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lambda_hat.gallery import records
-from lambda_hat.manifest import Address, study_address
-from lambda_hat.settings import nearest
+from lambda_hat.gallery import emit, find_studies, rendered
+from lambda_hat.manifest import Address
 from lambda_hat.spec import InvalidInput
 from lambda_hat.store import Store
 
@@ -63,38 +61,12 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     process.set_defaults(run=_process_mnist1m)
 
 
-def find_studies(store: Store, texts: list[str]) -> list[Address]:
-    """The studies of these ids, beginnings of ids or names; "latest" is the latest, "all" every one.
-
-    Raises:
-      InvalidInput: one is none of these, or there is no study.
-    """
-    catalogue = store.catalogue("study")
-    if not len(catalogue):
-        raise InvalidInput(f"There must be a study; there is none in {store.uri}. python flows/batch_size.py makes one.")
-    found: dict[Address, None] = {}
-    for text in texts:
-        named = catalogue["id"][catalogue["spec.name"] == text]
-        if text == "all":
-            found |= dict.fromkeys(map(study_address, catalogue["id"]))
-        elif text == "latest" or len(named):
-            found[study_address((catalogue["id"] if text == "latest" else named).iloc[-1])] = None
-        else:
-            if not text.startswith("sty_"):
-                names = {*catalogue["spec.name"], "latest", "all"}
-                raise InvalidInput(
-                    f"A study is named by its experiment or its id, sty_...; got {text!r}. {nearest(text, names)}"
-                )
-            found[store.find(text)] = None
-    return list(found)
-
-
 def _study(store: Store, options: argparse.Namespace) -> int:
     from lambda_hat.batch_size.study import where
 
     if options.format == "parquet" and options.output is None:
         raise InvalidInput("Parquet is binary and needs --output FILE; got none. Add --output trials.parquet.")
-    addresses = find_studies(store, options.studies)
+    addresses = find_studies(store, "study", options.studies)
     study = where(_joined(store, addresses), options.where)
     if not len(study.table):
         raise InvalidInput(f"There must be a trial; none fits {' '.join(options.where)}. Without --where all are shown.")
@@ -164,23 +136,10 @@ def _table(study: Study, options: argparse.Namespace) -> int:
     from lambda_hat.batch_size.study import settings, swept
 
     table = study.table
-    content: bytes | str
-    if options.format == "parquet":
-        buffer = io.BytesIO()
-        table.to_parquet(buffer)
-        content = buffer.getvalue()
-    elif options.format == "csv":
-        content = table.to_csv(index=False)
-    elif options.format == "json":
-        content = json.dumps(records(table), indent=1)
-    else:
+    if options.format == "table":
         varied = ["trial_id", *swept(table)]
-        shown = [*varied, *(name for name in map(str, table) if name not in {"trial_id", "samples", *settings(table)})]
-        content = table[shown].to_string(index=False, na_rep="-", float_format=lambda value: f"{value:.5g}")
-    if options.output is None:
-        print(content if isinstance(content, str) else "", end="" if options.format == "csv" else "\n")
-    else:
-        Path(options.output).write_bytes(content if isinstance(content, bytes) else f"{content.rstrip()}\n".encode())
+        table = table[[*varied, *(str(name) for name in table if name not in {"trial_id", "samples", *settings(table)})]]
+    emit(rendered(table, options.format), options.output)
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,10 +11,11 @@ import pandas as pd
 
 from lambda_hat.batch_size.fits import EXCESS, LAZY, RICH, Slope, richness_slopes, width_transfer
 from lambda_hat.batch_size.plots import PLOTS
-from lambda_hat.batch_size.plots.common import Group, evenly, groups, number
+from lambda_hat.batch_size.plots.common import Group, groups
 from lambda_hat.batch_size.plots.scaling import trades
 from lambda_hat.batch_size.study import Study, comparable, distinct, settings, swept
 from lambda_hat.html import VERSIONS, page
+from lambda_hat.plots.style import caption, evenly, number
 
 #: Rows of the tables: the best settings, fits, and single trials; the others are in the study's own table.
 MAX_BEST, MAX_FITS, MAX_TRIALS = 10, 60, 500
@@ -68,7 +68,7 @@ def study_report(study_id: str, name: str, study: Study, plots: Mapping[str, byt
         best=_best(table, varied),
         fits=fits[:MAX_FITS],
         num_fits=len(fits),
-        plots={key: (png, _caption(key)) for key, png in plots.items()},
+        plots={key: (png, caption(PLOTS.get(key))) for key, png in plots.items()},
         columns=["trial_id", *columns, "diverged_at_step"],
         trials=order[["trial_id", *columns, "diverged_at_step"]].to_numpy(object).tolist(),
         num_trials=len(table),
@@ -134,12 +134,6 @@ def _listed(values: Sequence[Any]) -> str:
     """Values, of many some evenly spaced."""
     some = evenly(values, MAX_VALUES)
     return ", ".join(map(number, some)) + (f" ({len(some)} of them)" if len(some) < len(values) else "")
-
-
-def _caption(name: str) -> str:
-    """The first sentence of what a plot says of itself."""
-    text = inspect.getdoc(PLOTS[name]) if name in PLOTS else None
-    return "" if text is None else " ".join(text.split()).partition(". ")[0]
 
 
 def _cell(value: Any) -> str:

@@ -33,14 +33,19 @@ class Study(NamedTuple):
 
 
 def where(study: Study, texts: Sequence[str]) -> Study:
-    """The trials of which all conditions hold: COLUMN=VALUE[,VALUE...] as in overrides, or COLUMN<VALUE, <=, > or >=.
+    """The trials of which all conditions hold, see `rows_where`."""
+    table = rows_where(study.table, texts).reset_index(drop=True)
+    return Study(table, {name: study.curves[name] for name in table["trial_id"] if name in study.curves})
+
+
+def rows_where(table: pd.DataFrame, texts: Sequence[str]) -> pd.DataFrame:
+    """The rows of which all conditions hold: COLUMN=VALUE[,VALUE...] as in overrides, or COLUMN<VALUE, <=, > or >=.
 
     Numbers are equal to nine digits; `none` is a missing value.
 
     Raises:
       InvalidInput: a condition is not of this form or names no column, or a number is compared with text.
     """
-    table = study.table
     for text in texts:
         found = _CONDITION.fullmatch(text)
         if found is None or not found[3].strip():
@@ -64,7 +69,7 @@ def where(study: Study, texts: Sequence[str]) -> Study:
                 )
             keep = _COMPARE[sign](table[name].to_numpy(np.float64), bound)
         table = table[keep]
-    return Study(table.reset_index(drop=True), {name: study.curves[name] for name in table["trial_id"] if name in study.curves})
+    return table
 
 
 def _same(column: pd.Series, value: Value) -> np.ndarray:

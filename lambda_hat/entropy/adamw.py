@@ -135,7 +135,7 @@ def aggregate_gradient(apply: Apply, params: Params, batch: Batch, weights_B: An
     """g = sum_i g_i, the gradient of the loss, `chunk_size` sequences at a time.
 
     Args:
-      weights_B: of `lambda_hat.entropy.sequences.loss_weights`.
+      weights_B: of `lambda_hat.policies.objective.sequence_weights`, flat.
     """
     weights = np.asarray(weights_B, np.promote_types(jax.tree.leaves(params)[0].dtype, np.float32))
     padded = np.pad(weights, (0, -len(weights) % chunk_size)).reshape(-1, chunk_size)

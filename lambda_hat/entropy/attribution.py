@@ -11,6 +11,7 @@ All loops are over chunks of training sequences, and can be cut after any of the
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -40,7 +41,8 @@ Save = Callable[[Columns], None]
 
 
 class Training(NamedTuple):
-    """The sequences of an update, (N_U, T), their weights in its loss (`loss_weights`), (N_U,), and the update's parts."""
+    """The sequences of an update, (N_U, T), their weights in its loss, (N_U,), as
+    `lambda_hat.policies.objective.sequence_weights` has them, and the update's parts."""
 
     batch: Batch
     weights: np.ndarray
@@ -87,7 +89,7 @@ def attribution_matrix(
     evaluation: Batch,
     baselines_BT: np.ndarray,
     integrand: Integrand = "entropy",
-    grad_chunk: int = 8,
+    grad_chunk: int = 64,
     sequence_chunk: int = 32,
     progress: Progress = no_progress,
     resume: Columns | None = None,
@@ -101,34 +103,43 @@ def attribution_matrix(
 
     Args:
       evaluation: independent draws from the policy. baselines_BT: theirs, of `lambda_hat.entropy.estimators.baselines`.
-      grad_chunk: training sequences whose v_i are held together; the more, the less work. sequence_chunk: evaluation sequences
-        whose gradients are.
+      grad_chunk: training sequences whose v_i are held together: for each chunk the evaluation gradients are computed anew.
+        sequence_chunk: sequences whose gradients are computed together.
       resume: what `save` received last in an interrupted call.
     """
-    num_evaluated = len(evaluation.tokens_BT)
+    num_evaluated, total = len(evaluation.tokens_BT), len(training.weights)
     chunks = with_baselines(params, evaluation, baselines_BT, sequence_chunk)
+    grad_chunk = min(grad_chunk, total)
+    size = min(sequence_chunk, grad_chunk)
 
     def of_chunk(part: Batch, weights: np.ndarray) -> dict[str, Any]:
-        products = _products(as_partial(apply), params, part, weights, training.update.preconditioner, chunks, integrand)
-        return {"matrix": products}
+        inner = in_chunks(part, size), np.pad(weights, (0, -len(weights) % size)).reshape(-1, size)
+        products = _products(as_partial(apply), params, inner, training.update.preconditioner, chunks, integrand)
+        return {"matrix": products[:grad_chunk]}
 
     found = _by_chunks(params, training, grad_chunk, num_evaluated, of_chunk, progress, resume, save)
     return found["matrix"].T / num_evaluated
 
 
-@functools.partial(jax.jit, static_argnums=6)
+@functools.partial(jax.jit, static_argnums=5)
 @jax.default_matmul_precision("highest")
 def _products(
     apply: Partial,
     params: Params,
-    training: Batch,
-    weights: Any,
+    training: tuple[Batch, jax.Array],
     preconditioner: Params,
     chunks: tuple[Batch, jax.Array],
     integrand: Integrand,
 ) -> jax.Array:
-    """v_i . grad psi_e, (training, chunks, evaluation)."""
-    parts = precondition(preconditioner, sequence_gradients(apply, params, training, weights))
+    """v_i . grad psi_e, (training, chunks, evaluation), of training sequences and weights in chunks too."""
+    dtype = training[1].dtype
+
+    def flat(leaf: jax.Array, axes: int) -> jax.Array:
+        """As (sequences, entries), of which the first `axes` axes are sequences."""
+        return leaf.reshape(math.prod(leaf.shape[:axes]), -1).astype(dtype)
+
+    parts = jax.lax.map(lambda own: precondition(preconditioner, sequence_gradients(apply, params, *own)), training)
+    parts = jax.tree.map(lambda leaf: flat(leaf, 2), parts)
 
     def gradient(tokens_T: jax.Array, mask_T: jax.Array, baselines_T: jax.Array) -> Params:
         one = Batch(tokens_T[None], mask_T[None])
@@ -136,11 +147,7 @@ def _products(
 
     def of_chunk(chunk: tuple[Batch, jax.Array]) -> jax.Array:
         gradients = jax.vmap(gradient)(*chunk[0], chunk[1])
-        products = jax.tree.map(
-            lambda v, g: v.reshape(len(v), -1).astype(weights.dtype) @ g.reshape(len(g), -1).T.astype(weights.dtype),
-            parts, gradients,
-        )  # fmt: skip
-        return jax.tree.reduce(jnp.add, products)
+        return jax.tree.reduce(jnp.add, jax.tree.map(lambda v, g: v @ flat(g, 1).T, parts, gradients))
 
     return jnp.swapaxes(jax.lax.map(of_chunk, chunks), 0, 1)
 
@@ -166,15 +173,15 @@ def entropy_changes(
       grad_chunk: training sequences whose v_i are held, and policies that are evaluated, together.
       resume: what `save` received last in an interrupted call.
     """
-    full, baseline = training.update.full, training.update.baseline
-    shifted = jax.jit(moved)(params, baseline, np.asarray(eta))
+    shifted = jax.jit(moved)(params, training.update.baseline, np.asarray(eta))
     etas = np.full(grad_chunk, eta)
     chunks = in_chunks(evaluation, sequence_chunk)
     num_evaluated = len(evaluation.tokens_BT)
 
-    def of_one(start: Params, direction: Params, eta: float) -> Evaluation:
-        one = jax.tree.map(lambda leaf: leaf[None], direction)
-        return evaluate(apply, start, one, np.array([eta]), evaluation, integrand, grad_chunk, sequence_chunk)
+    def along_full(start: Params, *etas: float) -> list[Evaluation]:
+        full = jax.tree.map(lambda leaf: np.stack([leaf] * len(etas)), training.update.full)
+        found = evaluate(apply, start, full, np.array(etas), evaluation, integrand, grad_chunk, sequence_chunk)
+        return [Evaluation(found.logp_KN[[lane]], found.h_KN[[lane]]) for lane in range(len(etas))]
 
     def of_chunk(part: Batch, weights: np.ndarray) -> dict[str, Any]:
         parts = _parts(as_partial(apply), params, part, weights, training.update.preconditioner)
@@ -183,7 +190,7 @@ def entropy_changes(
         return dict(zip(("grad_logp", "grad_h", "on_top_logp", "on_top_h"), (*alone, *on_top), strict=True))
 
     # Every policy by the same program, the unmoved ones too: what rounding they share cancels.
-    base, there, reference = of_one(params, full, 0.0), of_one(params, full, eta), of_one(shifted, full, 0.0)
+    (base, there), [reference] = along_full(params, 0.0, eta), along_full(shifted, 0.0)
     found = _by_chunks(params, training, grad_chunk, num_evaluated, of_chunk, progress, resume, save)
     return Changes(
         eta,
@@ -198,6 +205,21 @@ def entropy_changes(
 @jax.default_matmul_precision("highest")
 def _parts(apply: Partial, params: Params, batch: Batch, weights: Any, preconditioner: Params) -> Params:
     return precondition(preconditioner, sequence_gradients(apply, params, batch, weights))
+
+
+def gradient_norms(apply: Apply, params: Params, training: Training, chunk_size: int = 8) -> np.ndarray:
+    """|g_i| of each training sequence, (N_U,), in float64, `chunk_size` of them at a time."""
+    ones = jax.tree.map(np.ones_like, training.update.preconditioner)
+
+    def of_chunk(part: Batch, weights: np.ndarray) -> dict[str, Any]:
+        gradients = _parts(as_partial(apply), params, part, weights, ones)
+        squares = (
+            np.sum(np.square(leaf).reshape(len(leaf), -1), axis=1, dtype=np.float64) for leaf in jax.tree.leaves(gradients)
+        )
+        return {"squares": sum(squares)}
+
+    found = _by_chunks(params, training, chunk_size, 1, of_chunk, no_progress, None, None)
+    return np.sqrt(found["squares"][:, 0])
 
 
 def _by_chunks(

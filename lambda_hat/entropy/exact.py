@@ -45,6 +45,18 @@ class Derivatives(NamedTuple):
     second: float
 
 
+def check_enumerable(num_prompts: int, vocab_size: int, max_length: int) -> None:
+    """Raises InvalidInput if there are more completions than `enumerate_completions` takes."""
+    count = num_prompts * (
+        sum((vocab_size - 1) ** k for k in range(max_length - 1)) + (vocab_size - 1) ** (max_length - 1) * vocab_size
+    )
+    if count > MAX_COMPLETIONS:
+        raise InvalidInput(
+            f"An enumeration is of at most {MAX_COMPLETIONS} completions; got {count} for {num_prompts} prompts, {vocab_size} "
+            f"tokens and max_length={max_length}. Take fewer prompts or shorter answers, or estimate instead."
+        )
+
+
 def enumerate_completions(prompts: Sequence[Sequence[int]], vocab_size: int, max_length: int, end_token: int) -> Enumeration:
     """All completions that end with the end token, or after `max_length` tokens without one.
 
@@ -53,14 +65,7 @@ def enumerate_completions(prompts: Sequence[Sequence[int]], vocab_size: int, max
     Raises:
       InvalidInput: they are too many.
     """
-    count = len(prompts) * (
-        sum((vocab_size - 1) ** k for k in range(max_length - 1)) + (vocab_size - 1) ** (max_length - 1) * vocab_size
-    )
-    if count > MAX_COMPLETIONS:
-        raise InvalidInput(
-            f"An enumeration is of at most {MAX_COMPLETIONS} completions; got {count} for {len(prompts)} prompts, {vocab_size} "
-            f"tokens and max_length={max_length}. Take fewer prompts or shorter answers, or estimate instead."
-        )
+    check_enumerable(len(prompts), vocab_size, max_length)
     finished: list[np.ndarray] = []
     unfinished = np.zeros((1, 0), np.int32)
     vocabulary = np.arange(vocab_size, dtype=np.int32)

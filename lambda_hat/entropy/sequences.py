@@ -1,4 +1,4 @@
-"""Sequences of tokens, what a policy says of each token, and their weights in the policy-gradient loss.
+"""Sequences of tokens, and what a policy says of each token.
 
 Arrays are tokens, never text: a sequence is a prompt and its completion, padded on the right. The token at t is predicted by
 the logits at t - 1. Everything takes the policy as `apply`: (params, tokens_BT) -> logits_BTV, causal, with float32 logits or
@@ -8,7 +8,6 @@ constants of the compiled programs if it is a `jax.tree_util.Partial` that holds
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,34 +20,12 @@ from lambda_hat.policies.generate import token_statistics
 from lambda_hat.spec import InvalidInput
 from lambda_hat.target import Params
 
-#: Advantages up to this count as zero: rewards that are equal but for rounding.
-TOLERANCE = 1e-6
-
 
 class Batch(NamedTuple):
     """Sequences as the device sees them: int32 tokens, and which of them are the completion's, the end token included."""
 
     tokens_BT: Any
     mask_BT: Any
-
-
-class Sequences(NamedTuple):
-    """Sequences with what is known of them, on the host.
-
-    prompt_ids: (B,). rewards, advantages: (B,), NaN where a sequence has none. provenance: for each sequence what else belongs
-    to it (id, text, checkpoint, seed, ...), plain data.
-    """
-
-    batch: Batch
-    prompt_ids: np.ndarray
-    rewards: np.ndarray
-    advantages: np.ndarray
-    provenance: tuple[Mapping[str, Any], ...]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each completion, (B,)."""
-        return np.sum(self.batch.mask_BT, axis=1)
 
 
 class TokenStats(NamedTuple):
@@ -59,13 +36,6 @@ class TokenStats(NamedTuple):
 
     logp_BT: Any
     entropies_BT: Any
-
-
-class Advantages(NamedTuple):
-    """Group-relative advantages, (prompts, completions), and which groups have none to speak of, (prompts,)."""
-
-    advantages_BG: np.ndarray
-    flat_B: np.ndarray
 
 
 def check_batch(batch: Batch) -> Batch:
@@ -123,35 +93,6 @@ def in_chunks(batch: Batch, chunk_size: int) -> Batch:
     """The batch, padded, as (chunks, chunk_size, T)."""
     padded = pad_batch(batch, chunk_size)
     return Batch(*(array.reshape(-1, chunk_size, array.shape[-1]) for array in padded))
-
-
-def group_advantages(rewards_BG: np.ndarray, tolerance: float = TOLERANCE) -> Advantages:
-    """A_bg = r_bg - mean_g r, in float64. A group is flat if max_g |A| <= tolerance: it teaches nothing.
-
-    Args:
-      rewards_BG: a row for each prompt of the update, a column for each of its completions.
-    """
-    rewards_BG = np.asarray(rewards_BG, np.float64)
-    advantages_BG = rewards_BG - np.mean(rewards_BG, axis=1, keepdims=True)
-    return Advantages(advantages_BG, np.max(np.abs(advantages_BG), axis=1) <= tolerance)
-
-
-def loss_weights(advantages_N: np.ndarray, lengths_N: np.ndarray, group_size: int) -> np.ndarray:
-    """w of each sequence in `lambda_hat.policies.objective.policy_loss`, -sum_i w_i sum_t log p_it; (N,) in float64.
-
-    The loss is -sum_t A log p_t / (G Lmax_b) of all sequences of prompt b, G of them with completions of at most Lmax_b tokens,
-    averaged over the prompts. The sequences of a prompt are consecutive.
-
-    Raises:
-      InvalidInput: the number of sequences is no multiple of the group size.
-    """
-    if len(advantages_N) % group_size or len(advantages_N) != len(lengths_N):
-        raise InvalidInput(
-            f"An update has group_size={group_size} sequences of every prompt, each with a length; got {len(advantages_N)} "
-            f"sequences and {len(lengths_N)} lengths. Leave out prompts whose group is not whole."
-        )
-    longest_B = np.max(np.reshape(lengths_N, (-1, group_size)), axis=1)
-    return np.asarray(advantages_N, np.float64) / (group_size * np.repeat(longest_B, group_size) * len(longest_B))
 
 
 def moved(params: Params, direction: Params, eta: jax.Array) -> Params:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import io
-from collections.abc import Sequence
-from typing import Any
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, NullLocator
 from PIL import Image
 
 from lambda_hat.diagnostics import Diagnosis
@@ -20,6 +25,7 @@ from lambda_hat.text import with_error
 from lambda_hat.trace import Trace
 
 Run = tuple[RunSpec, Trace, Diagnosis]
+T = TypeVar("T")
 
 #: Okabe & Ito's colours for all kinds of sight, less yellow, too pale for a line, and black, the pooled estimate's.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -37,6 +43,13 @@ MAX_ERRORS = 40
 MAX_NAMED = 8
 #: The share of a run after which a running mean has calmed down enough for its range to be shown.
 SETTLED = 0.1
+
+#: Columns of panels, letters in a line of a panel's title, and labelled values on an axis.
+MAX_COLUMNS, TITLE_WIDTH, MAX_TICKS = 3, 46, 9
+#: Letters that fit in an inch of a figure's title, and of its legend, whose lines begin with handles of so many inches.
+LETTERS_PER_INCH, LEGEND_LETTERS_PER_INCH, LEGEND_HANDLE = 11.3, 16.5, 0.55
+#: A space at which no line is broken.
+HARD = "\N{NO-BREAK SPACE}"
 
 #: A shaded range.
 BAND: dict[str, Any] = {"alpha": 0.2, "linewidth": 0}
@@ -140,3 +153,133 @@ def comparable_limits(lines: Sequence[np.ndarray], exact: float | None) -> tuple
     reach = 1.5 * abs(centre) or 1.0
     low, high = limits(np.concatenate(lines), exact)
     return max(low, centre - reach), min(high, centre + reach)
+
+
+# --- Figures of many panels --------------------------------------------------------------------------------------------------
+
+
+def grid(
+    heading: str, common: str, count: int, found: int, columns: int = MAX_COLUMNS, height: float = 3.2, **subplots: Any
+) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels under a heading, which says so where more were found, and what they have in common."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    fig = Picture(figsize=(min(max(7.0, 3.7 * columns), 12.0), 0.8 + height * rows), layout="constrained")
+    axes = fig.subplots(rows, columns, squeeze=False, **subplots).ravel()
+    for ax in axes[count:]:
+        ax.remove()
+    for ax in axes[:count]:
+        ax.tick_params(which="both", labelsize=9)
+    left_out = f" · {count} of {found} panels" if found > count else ""
+    say_over(fig, f"{heading}{left_out}", common)
+    return fig, list(axes[:count])
+
+
+def say_over(fig: Figure, heading: str, common: str) -> None:
+    """A heading over a figure, and what its panels have in common, in lines that fit."""
+    width = int(LETTERS_PER_INCH * fig.get_figwidth())
+    fig.suptitle("\n".join(_lines(text, width) for text in (heading, common)), x=0.01, ha="left", fontsize=10)
+
+
+def finish(
+    fig: Figure,
+    axes: Sequence[Axes],
+    xlabel: str,
+    ylabel: str,
+    marks: Sequence[Artist] = (),
+    ncols: int = 4,
+    named: bool = True,
+) -> None:
+    """Labels at the left and below, and, where panels name their lines alike, one legend, with `marks` at its end."""
+    grid = axes[0].get_gridspec()
+    columns = grid.ncols if grid is not None else 1
+    for index, ax in enumerate(axes):
+        if index % columns == 0:
+            ax.set_ylabel(ylabel)
+        if index + columns >= len(axes):
+            ax.set_xlabel(xlabel)
+            ax.tick_params(labelbottom=True)
+    if named:
+        of_lines = {name: handle for ax in axes for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}
+        handles = [*of_lines.values(), *marks]
+        names = [*of_lines, *(str(mark.get_label()) for mark in marks)]
+        longest = max(map(len, names), default=0)
+        fitting = int(fig.get_figwidth() / (LEGEND_HANDLE + longest / LEGEND_LETTERS_PER_INCH))
+        fig.legend(handles, names, loc="outside lower left", ncols=max(1, min(ncols, fitting)), fontsize=8, frameon=False)
+
+
+def title(ax: Axes, *parts: str) -> None:
+    """A panel's title, in lines that fit it, broken between parts."""
+    grid = ax.get_gridspec()
+    columns = max(MAX_COLUMNS, 1 if grid is None else grid.ncols)
+    ax.set_title(_lines(" · ".join(filter(None, parts)), TITLE_WIDTH * MAX_COLUMNS // columns), fontsize=9)
+
+
+def _lines(text: str, width: int) -> str:
+    """A text of parts in lines of at most `width` letters, broken between parts."""
+    hard = text.replace(" ", HARD).replace(f"{HARD}·{HARD}", f"{HARD}· ")
+    return textwrap.fill(hard, width, break_on_hyphens=False).replace(f"{HARD}·\n", "\n").replace(HARD, " ")
+
+
+def log_axis(ax: Axes, which: str, values: Iterable[float]) -> None:
+    """A logarithmic axis with ticks at values of the study: as powers of two where all of them are."""
+    values = sorted(set(values))
+    axis = ax.xaxis if which == "x" else ax.yaxis
+    ax.set(**{f"{which}scale": "log"})
+    apart = (values[-1] / values[0]) ** (1 / MAX_TICKS)
+    ticks = values[:1]
+    for value in values[1:]:
+        if value >= 0.999 * ticks[-1] * apart:
+            ticks.append(value)
+    powers = all(map(_is_power_of_two, values)) and values[-1] / values[0] >= 64
+    axis.set_ticks(
+        ticks, [_power(2, math.log2(value)) if powers else number(float(f"{value:.3g}")) for value in ticks], fontsize=9
+    )
+    axis.set_minor_locator(NullLocator())
+
+
+def number(value: Any) -> str:
+    """A setting as text; small powers of two, and small or large ones of ten, as such."""
+    if not isinstance(value, float):
+        return str(value)
+    if not value > 0:
+        return "none" if value != value else f"{value:g}"
+    if value < 0.25 and _is_power_of_two(value):
+        return _power(2, math.log2(value))
+    ten = round(math.log10(value))
+    return _power(10, ten) if abs(ten) > 3 and value == float(f"1e{ten}") else f"{value:.4g}"
+
+
+def _is_power_of_two(value: float) -> bool:
+    return math.frexp(value)[0] == 0.5
+
+
+def _power(base: int, exponent: float) -> str:
+    return f"{base}" + f"{exponent:.0f}".translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def sequential(count: int) -> list[Any]:
+    """Colours of lines that have an order, told apart by all kinds of sight; the palest, too pale for a line, left out."""
+    return [colormaps["viridis"](place) for place in np.linspace(0, 0.88, count)]
+
+
+def evenly(items: Sequence[T], most: int) -> list[T]:
+    """At most `most` of the items, evenly spaced, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[index] for index in np.linspace(0, len(items) - 1, most).round().astype(int)]
+
+
+def fence(values: np.ndarray) -> tuple[float, float]:
+    """The lowest value and the highest that is no outlier (Tukey's: above the upper quartile by 1.5 of their distance)."""
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return 0.0, 1.0
+    lower, upper = np.quantile(values, (0.25, 0.75))
+    return float(values.min()), float(values[values <= upper + 1.5 * (upper - lower)].max())
+
+
+def caption(plot: Callable[..., Any] | None) -> str:
+    """The first sentence of what a plot says of itself."""
+    text = inspect.getdoc(plot) if plot is not None else None
+    return "" if text is None else " ".join(text.split()).partition(". ")[0]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import haiku as hk
 import jax
@@ -32,8 +32,9 @@ Adapters = Mapping[str, tuple[jax.Array, jax.Array]]
 
 
 class DecoderSpec(Spec):
-    """A decoder; its vocabulary comes from the tokenizer."""
+    """A decoder that is trained from random weights; its vocabulary comes from the tokenizer."""
 
+    kind: Literal["decoder"] = "decoder"
     width: int = Field(32, ge=2, description="dimension of the residual stream")
     num_layers: int = Field(2, ge=1, le=1000, description="layers of attention and MLP")
     num_heads: int = Field(4, ge=1, description="query heads, each of dimension width / num_heads")
@@ -62,10 +63,15 @@ class DecoderSpec(Spec):
 
 
 class Cache(NamedTuple):
-    """Keys, rotated, and values of the positions so far: (layers, B, S, kv heads, D), S being the longest sequence."""
+    """A layer's keys, rotated, (B, kv heads, D, S), and values, (B, kv heads, S, D), of the positions so far, S being the
+    longest sequence; laid out for the sums over D and over S of a single query."""
 
     keys: jax.Array
     values: jax.Array
+
+
+#: Of all layers, apart, so that a loop can write into each where it is.
+Caches = tuple[Cache, ...]
 
 
 class Adapted(NamedTuple):
@@ -78,23 +84,23 @@ class Adapted(NamedTuple):
 #: (params, tokens_BT) -> logits_BTV; those at t depend on the tokens up to t.
 Apply = Callable[[Params, jax.Array], jax.Array]
 
-#: (params, cache, tokens_BT, starts_B) -> (logits_BTV, cache), of tokens at positions starts_b, starts_b + 1, ... below S. A
-#: token sees what the cache holds up to its own position, so positions are filled without gaps; what lies beyond, such as
+#: (params, caches, tokens_BT, starts_B) -> (logits_BTV, caches), of tokens at positions starts_b, starts_b + 1, ... below S. A
+#: token sees what the caches hold up to its own position, so positions are filled without gaps; what lies beyond, such as
 #: padding, is overwritten in time.
-Step = Callable[[Params, Cache, jax.Array, jax.Array], tuple[jax.Array, Cache]]
+Step = Callable[[Params, Caches, jax.Array, jax.Array], tuple[jax.Array, Caches]]
 
 
 class Decoder(NamedTuple):
     """The network as pure functions. Parameters are {module: {name: array}}, weights (in, out).
 
     init: (seed, dtype) -> params, on the host: weights from N(0, 1/in), embeddings from N(0, 1/width), scales 1, biases 0; the
-      same numbers in every dtype. init_cache: (B, S, dtype) -> an empty cache.
+      same numbers in every dtype. init_caches: (B, S, dtype) -> empty ones.
     """
 
     init: Callable[[tuple[int, ...], Any], Params]
     apply: Apply
     step: Step
-    init_cache: Callable[[int, int, Any], Cache]
+    init_caches: Callable[[int, int, Any], Caches]
 
 
 @functools.cache
@@ -102,8 +108,8 @@ def decoder(spec: DecoderSpec, vocab_size: int) -> Decoder:
     """Cached, so that equal specs give the same functions and compile once."""
 
     def forward(
-        tokens_BT: jax.Array, positions_BT: jax.Array, cache: Cache | None, adapters: Adapters
-    ) -> tuple[jax.Array, Cache | None]:
+        tokens_BT: jax.Array, positions_BT: jax.Array, caches: Caches | None, adapters: Adapters
+    ) -> tuple[jax.Array, Caches | None]:
         def adapt(next_f: Any, args: tuple, kwargs: dict, context: Any) -> jax.Array:
             out = next_f(*args, **kwargs)
             if context.method_name != "__call__" or context.module.module_name not in adapters:
@@ -113,26 +119,26 @@ def decoder(spec: DecoderSpec, vocab_size: int) -> Decoder:
 
         embed = hk.Embed(vocab_size, spec.width, w_init=jnp.zeros, name="embedding")
         x = embed(tokens_BT)
-        caches = []
+        written: list[Any] = []
         with hk.intercept_methods(adapt):
             for layer in range(spec.num_layers):
-                own = None if cache is None else Cache(cache.keys[layer], cache.values[layer])
+                own = None if caches is None else caches[layer]
                 with hk.name_scope(f"layer_{layer}"):
                     out, own = _attention(spec, _rms_norm(spec, "attention_norm", x), positions_BT, own)
                     x = x + out
                     h = _rms_norm(spec, "mlp_norm", x)
                     h = jax.nn.silu(_linear("gate", spec.mlp_width, h)) * _linear("up", spec.mlp_width, h)
                     x = x + _linear("down", spec.width, h)
-                caches.append(own)
+                written.append(own)
             x = _rms_norm(spec, "norm", x)
             logits = x @ embed.embeddings.T if spec.tied_embeddings else _linear("unembedding", vocab_size, x)
-        return logits, None if cache is None else jax.tree.map(lambda *parts: jnp.stack(parts), *caches)
+        return logits, None if caches is None else tuple(written)
 
     network: Any = hk.without_apply_rng(hk.transform(forward))
 
-    def call(params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, cache: Cache | None) -> tuple[jax.Array, Any]:
+    def call(params: Params, tokens_BT: jax.Array, positions_BT: jax.Array, caches: Caches | None) -> tuple[jax.Array, Any]:
         params, adapters = params if isinstance(params, Adapted) else (params, {})
-        return network.apply(params, tokens_BT, positions_BT, cache, adapters)
+        return network.apply(params, tokens_BT, positions_BT, caches, adapters)
 
     def init(seed: tuple[int, ...], dtype: Any) -> Params:
         zeros = np.zeros((1, 1), np.int32)
@@ -151,15 +157,15 @@ def decoder(spec: DecoderSpec, vocab_size: int) -> Decoder:
         positions = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
         return call(params, tokens_BT, jnp.broadcast_to(positions, tokens_BT.shape), None)[0]
 
-    def step(params: Params, cache: Cache, tokens_BT: jax.Array, starts_B: jax.Array) -> tuple[jax.Array, Cache]:
+    def step(params: Params, caches: Caches, tokens_BT: jax.Array, starts_B: jax.Array) -> tuple[jax.Array, Caches]:
         positions = starts_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-        return call(params, tokens_BT, positions, cache)
+        return call(params, tokens_BT, positions, caches)
 
-    def init_cache(batch: int, length: int, dtype: Any) -> Cache:
-        zeros = jnp.zeros((spec.num_layers, batch, length, spec.num_kv_heads, spec.head_dim), dtype)
-        return Cache(zeros, zeros)
+    def init_caches(batch: int, length: int, dtype: Any) -> Caches:
+        values = jnp.zeros((batch, spec.num_kv_heads, length, spec.head_dim), dtype)
+        return (Cache(values.swapaxes(2, 3), values),) * spec.num_layers
 
-    return Decoder(init, apply, step, init_cache)
+    return Decoder(init, apply, step, init_caches)
 
 
 def _linear(name: str, width: int, x: jax.Array, with_bias: bool = False) -> jax.Array:
@@ -178,7 +184,7 @@ def _rms_norm(spec: DecoderSpec, name: str, x: jax.Array) -> jax.Array:
 
 
 def _attention(spec: DecoderSpec, x: jax.Array, positions_BT: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
-    """Causal attention of x, (B, T, width), to itself or to what the cache of this layer holds by then."""
+    """Causal attention of x, (B, T, width), to itself or to what the layer's cache holds by then."""
     batch, length, _ = x.shape
     dim, kv_heads = spec.head_dim, spec.num_kv_heads
 
@@ -188,17 +194,31 @@ def _attention(spec: DecoderSpec, x: jax.Array, positions_BT: jax.Array, cache: 
     queries = rotate(project("query", spec.num_heads), positions_BT, spec.rope_base)
     keys = rotate(project("key", kv_heads), positions_BT, spec.rope_base)
     values = project("value", kv_heads)
+    keys, values = keys.transpose(0, 2, 3, 1), values.swapaxes(1, 2)
     if cache is not None:
-        write = jax.vmap(lambda old, new, start: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=0))
         starts = positions_BT[:, 0]
-        cache = Cache(write(cache.keys, keys, starts), write(cache.values, values, starts))
+
+        def write(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+            at = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis)
+            return jax.vmap(at)(old, new, starts)
+
+        cache = Cache(write(cache.keys, keys, 2), write(cache.values, values, 1))
         keys, values = cache
     queries = queries.reshape(batch, length, kv_heads, spec.num_heads // kv_heads, dim)
-    scores = jnp.einsum("btkgd,bskd->bkgts", queries, keys) / math.sqrt(dim)
-    seen_BTS = jnp.arange(keys.shape[1], dtype=jnp.int32)[None, None] <= positions_BT[:, :, None]
-    scores = jnp.where(seen_BTS[:, None, None], scores.astype(_at_least_float32(x)), -jnp.inf)
+    # Of a single query the products are sums over the cache as it lies, many times as fast on CPUs as small matrix products.
+    single = cache is not None and length == 1
+    if single:
+        scores = jnp.sum(queries[:, 0, ..., None] * keys[:, :, None], axis=-2)[:, :, :, None]
+    else:
+        scores = jnp.einsum("btkgd,bkds->bkgts", queries, keys)
+    seen_BTS = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None, None] <= positions_BT[:, :, None]
+    scores = jnp.where(seen_BTS[:, None, None], scores.astype(_at_least_float32(x)) / math.sqrt(dim), -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-    out = jnp.einsum("bkgts,bskd->btkgd", weights, values).reshape(batch, length, spec.width)
+    if single:
+        out = jnp.sum(weights[:, :, :, 0, :, None] * values[:, :, None], axis=-2)
+    else:
+        out = jnp.einsum("bkgts,bksd->btkgd", weights, values)
+    out = out.reshape(batch, length, spec.width)
     return _linear("output", spec.width, out), cache
 
 

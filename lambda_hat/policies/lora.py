@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from typing import Any
 
-import jax
 import numpy as np
 from pydantic import Field
 
-from lambda_hat.policies.decoder import Adapted, Cache, Decoder
+from lambda_hat.policies.decoder import Adapted
 from lambda_hat.spec import InvalidInput, Spec
 from lambda_hat.target import Params
 
@@ -52,25 +50,12 @@ def init_adapters(spec: LoraSpec, params: Params, seed: tuple[int, ...]) -> Para
     return adapters
 
 
-def adapted(decoder: Decoder, params: Params, spec: LoraSpec) -> Decoder:
-    """The decoder as a function of the adapters alone: where it takes parameters, `params` stay as they are.
-
-    Programs are compiled for one returned object: keep it. A B is never formed, so that many adapters side by side are cheap.
-    """
-
-    def with_params(adapters: Params) -> Adapted:
-        return Adapted(params, {module: (leaves["a"], spec.scale * leaves["b"]) for module, leaves in adapters.items()})
-
-    def apply(adapters: Params, tokens_BT: jax.Array) -> jax.Array:
-        return decoder.apply(with_params(adapters), tokens_BT)
-
-    def step(adapters: Params, cache: Cache, tokens_BT: jax.Array, starts_B: jax.Array) -> tuple[jax.Array, Cache]:
-        return decoder.step(with_params(adapters), cache, tokens_BT, starts_B)
-
-    def init(seed: tuple[int, ...], dtype: Any) -> Params:
-        return jax.tree.map(lambda leaf: leaf.astype(dtype), init_adapters(spec, params, seed))
-
-    return Decoder(init, apply, step, decoder.init_cache)
+def joined(spec: LoraSpec | None, base: Params | None, params: Params) -> Params:
+    """What a decoder's functions take as parameters: `params` themselves, or with a spec the frozen `base` with the adapters
+    `params`. A B is never formed, so that many adapters side by side are cheap."""
+    if spec is None:
+        return params
+    return Adapted(base, {module: (leaves["a"], spec.scale * leaves["b"]) for module, leaves in params.items()})
 
 
 def merge(spec: LoraSpec, params: Params, adapters: Params) -> Params:

@@ -1,6 +1,11 @@
-"""The loss of group-relative reinforcement learning, in which every sequence has its own additive part."""
+"""The loss of group-relative reinforcement learning, in which every sequence has its own additive part.
+
+Advantages and weights are of arrays on the device or on the host, as they are given.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +15,18 @@ from lambda_hat.policies.generate import token_statistics
 from lambda_hat.target import Params
 
 
-def group_advantages(rewards_UG: jax.Array) -> jax.Array:
+def group_advantages(rewards_UG: Any) -> Any:
     """A_bg = r_bg - mean_g r_bg, of U prompts with G completions each; not divided by a standard deviation."""
-    return rewards_UG - jnp.mean(rewards_UG, axis=1, keepdims=True)
+    return rewards_UG - rewards_UG.mean(axis=1, keepdims=True)
 
 
-def sequence_weights(advantages_UG: jax.Array, mask_UGT: jax.Array) -> jax.Array:
-    """Weights w_bg = A_bg / (U G Lmax_b) of the sequences in `policy_loss`, (U, G), Lmax_b the group's longest completion."""
-    longest_U = jnp.max(jnp.sum(mask_UGT, axis=2), axis=1).astype(advantages_UG.dtype)
+def sequence_weights(advantages_UG: Any, lengths_UG: Any) -> Any:
+    """Weights w_bg = A_bg / (U G Lmax_b) of the sequences in `policy_loss`, (U, G).
+
+    Args:
+      lengths_UG: tokens of each completion; Lmax_b is the largest of its group.
+    """
+    longest_U = lengths_UG.max(axis=1).astype(advantages_UG.dtype)
     return advantages_UG / (advantages_UG.size * longest_U[:, None])
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import Annotated, Any, Literal, Self
 
 import jax
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lambda_hat.chunks import Progress, no_progress
 from lambda_hat.policies.decoder import Decoder, DecoderSpec, decoder
+from lambda_hat.policies.lora import LoraSpec
 from lambda_hat.policies.objective import negative_log_likelihoods
-from lambda_hat.policies.tasks import AnyTask, ModularTask
+from lambda_hat.policies.policy import Policy, frozen
+from lambda_hat.policies.pretrained import PretrainedSpec, open_pretrained
+from lambda_hat.policies.tasks import AnyTask, ModularTask, TokenizedTask
+from lambda_hat.policies.tokenizer import Tokenizer
 from lambda_hat.spec import Spec
 from lambda_hat.target import Dataset, Objective, Params, Save, Target, TargetSpec, Unfinished
 
@@ -54,18 +58,35 @@ class RlSpec(Spec):
         return tuple(sorted({round(float(step)) for step in spaced}))
 
 
+AnyModel = Annotated[DecoderSpec | PretrainedSpec, Field(discriminator="kind")]
+
+
 class PolicySpec(TargetSpec):
     """A policy trained on a verifiable task.
 
     As a target its data are all prompts with their right answers, the loss of one is -sum_t log pi(token_t) over the answer's
     tokens, end token included, in nats; w* is the policy after the last update, and its checkpoints are those of the updates.
+    With `lora` w* and the checkpoints are the adapters alone, and the network below, frozen after the warm start, is in the
+    dataset's constants.
     """
 
     family: Literal["policy"] = "policy"
     task: AnyTask = ModularTask()
-    model: DecoderSpec = DecoderSpec()
+    model: AnyModel = DecoderSpec()
+    lora: LoraSpec | None = Field(
+        None, description="adapters that the updates train alone; none = they train the whole network"
+    )
     warm_start: WarmStartSpec = WarmStartSpec()
     rl: RlSpec = RlSpec()
+
+    @model_validator(mode="after")
+    def _pretrained_is_warm(self) -> Self:
+        if isinstance(self.model, PretrainedSpec) and self.warm_start.max_steps:
+            raise ValueError(
+                "warm_start.max_steps must be 0 for a pretrained model, which begins as it is; "
+                f"got {self.warm_start.max_steps}; set it to 0"
+            )
+        return self
 
     @property
     def num_data(self) -> int:
@@ -76,28 +97,57 @@ class PolicySpec(TargetSpec):
         return self.rl.saved_steps
 
     def decoder(self) -> Decoder:
-        """The network; the same object for equal networks and vocabularies."""
-        return decoder(self.model, self.task.tokenizer.vocab_size)
+        """The network; the same object for equal networks and vocabularies.
+
+        Raises:
+          InvalidInput: see `open_pretrained`.
+        """
+        if isinstance(self.model, DecoderSpec):
+            return decoder(self.model, Tokenizer(self.task.characters).vocab_size)
+        files = open_pretrained(self.model)
+        return decoder(files.model, files.vocab_size)
+
+    def initial(self, dtype: Any) -> Params:
+        """The network's parameters before all training, on the host.
+
+        Raises:
+          InvalidInput: see `open_pretrained`.
+        """
+        if isinstance(self.model, DecoderSpec):
+            return self.decoder().init((self.seed, 0), dtype)
+        return open_pretrained(self.model).load(dtype)
+
+    def tokenized(self) -> TokenizedTask:
+        """The task in the network's tokens: characters, or the pieces of a pretrained model.
+
+        Raises:
+          InvalidInput: see `open_pretrained`.
+        """
+        if isinstance(self.model, DecoderSpec):
+            return TokenizedTask(self.task, Tokenizer(self.task.characters))
+        return TokenizedTask(self.task, open_pretrained(self.model).tokenizer)
 
     def build(self, progress: Progress = no_progress, resume: Unfinished | None = None, save: Save | None = None) -> Target:
         """Trains the policy; see `TargetSpec.build`.
 
         Raises:
           FloatingPointError: the training diverges.
+          InvalidInput: see `open_pretrained`; or `lora.matrices` has a name of no matrix.
         """
         from lambda_hat.policies.train import to_target, train_policy
 
         return to_target(train_policy(self, progress, resume, save))
 
     def objective(self) -> Objective:
-        return answer_loss(self.decoder())
+        return answer_loss(self.decoder(), self.lora)
 
 
 @functools.cache
-def answer_loss(network: Decoder) -> Objective:
+def answer_loss(network: Decoder, lora: LoraSpec | None) -> Objective:
     """-log pi(completion) of samples `tokens` and `mask`, both (B, T)."""
 
     def per_sample_loss(params: Params, dataset: Dataset) -> jax.Array:
-        return negative_log_likelihoods(network.apply, params, dataset.samples["tokens"], dataset.samples["mask"])
+        apply = Policy(network, frozen(lora, dataset.constants), lora, params).apply
+        return negative_log_likelihoods(apply, params, dataset.samples["tokens"], dataset.samples["mask"])
 
     return Objective(per_sample_loss)

@@ -1,9 +1,9 @@
-"""A tokenizer of single characters."""
+"""Text as tokens: single characters, or the pieces of a real language model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,16 @@ class Tokenizer(NamedTuple):
     """characters: of the vocabulary, each once, in the order of their ids."""
 
     characters: str
+
+    @property
+    def start(self) -> tuple[int, ...]:
+        """Tokens that every sequence begins with."""
+        return (BOS,)
+
+    @property
+    def end(self) -> int:
+        """The token that ends a sequence."""
+        return EOS
 
     @property
     def vocab_size(self) -> int:
@@ -40,6 +50,29 @@ class Tokenizer(NamedTuple):
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; PAD, BOS and EOS have none."""
         return "".join(self.characters[int(i) - _FIRST] for i in ids if i >= _FIRST)
+
+
+class TextTokenizer(NamedTuple):
+    """A tokenizer of the `tokenizers` package, with the same methods.
+
+    vocab_size: tokens that the model has, which may be more than have text. start, end: see `Tokenizer`.
+    """
+
+    model: Any
+    vocab_size: int
+    start: tuple[int, ...]
+    end: int
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text's pieces, without those that begin or end sequences."""
+        return self.model.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids; those that begin or end sequences have none."""
+        return self.model.decode([int(i) for i in ids])
+
+
+AnyTokenizer = Tokenizer | TextTokenizer
 
 
 def padded(rows: list[list[int]], width: int) -> np.ndarray:

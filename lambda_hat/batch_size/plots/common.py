@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 import math
-import textwrap
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 
 from lambda_hat.batch_size.fits import Optimum, Slope, optimum
 from lambda_hat.batch_size.study import comparable, distinct, swept
-from lambda_hat.plots.style import Picture
+from lambda_hat.plots.style import MAX_COLUMNS, evenly, fence, grid, number
 from lambda_hat.text import with_error
-
-T = TypeVar("T")
 
 #: Panels of a figure and lines of a panel that can still be told apart; of more, evenly spaced ones are shown.
 MAX_PANELS, MAX_LINES = 9, 7
-MAX_COLUMNS = 3
-#: Letters in a line of a panel's title.
-TITLE_WIDTH = 46
-#: A space at which no line is broken.
-HARD = "\N{NO-BREAK SPACE}"
-#: Labelled values on an axis.
-MAX_TICKS = 9
 
 #: The window over which loss curves are smoothed before they are compared, as a share of the steps done.
 WINDOW = 0.2
@@ -92,13 +79,6 @@ def fullest(found: Sequence[Group]) -> Group:
     return full[len(full) // 2]
 
 
-def evenly(items: Sequence[T], most: int) -> list[T]:
-    """At most `most` of the items, evenly spaced, the first and the last among them."""
-    if len(items) <= most:
-        return list(items)
-    return [items[index] for index in np.linspace(0, len(items) - 1, most).round().astype(int)]
-
-
 def over_seeds(table: pd.DataFrame, *axes: str, of: str = "final_loss") -> pd.DataFrame:
     """Rows of the axes, and of each `median`, `low` and `high` of a column over the seeds.
 
@@ -142,43 +122,7 @@ def panels(
     title: str, table: pd.DataFrame, count: int, found: int, columns: int = MAX_COLUMNS, height: float = 3.2, **subplots: Any
 ) -> tuple[Figure, list[Axes]]:
     """A figure of `count` panels under a title, which says so where more were found."""
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    fig = Picture(figsize=(min(max(7.0, 3.7 * columns), 12.0), 0.8 + height * rows), layout="constrained")
-    axes = fig.subplots(rows, columns, squeeze=False, **subplots).ravel()
-    for ax in axes[count:]:
-        ax.remove()
-    for ax in axes[:count]:
-        ax.tick_params(which="both", labelsize=9)
-    left_out = f" · {count} of {found} panels" if found > count else ""
-    title = f"{title} · {seeds_text(table)}{left_out}\n{identity(table)}"
-    fig.suptitle(title, x=0.01, ha="left", fontsize=10)
-    return fig, list(axes[:count])
-
-
-def finish(
-    fig: Figure,
-    axes: Sequence[Axes],
-    xlabel: str,
-    ylabel: str,
-    marks: Sequence[Artist] = (),
-    ncols: int = 4,
-    named: bool = True,
-) -> None:
-    """Labels at the left and below, and, where panels name their lines alike, one legend, with `marks` at its end."""
-    grid = axes[0].get_gridspec()
-    columns = grid.ncols if grid is not None else 1
-    for index, ax in enumerate(axes):
-        if index % columns == 0:
-            ax.set_ylabel(ylabel)
-        if index + columns >= len(axes):
-            ax.set_xlabel(xlabel)
-            ax.tick_params(labelbottom=True)
-    if named:
-        of_lines = {name: handle for ax in axes for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}
-        handles = [*of_lines.values(), *marks]
-        names = [*of_lines, *(str(mark.get_label()) for mark in marks)]
-        fig.legend(handles, names, loc="outside lower left", ncols=ncols, fontsize=8, frameon=False)
+    return grid(f"{title} · {seeds_text(table)}", identity(table), count, found, columns, height, **subplots)
 
 
 def loss_axis(axes: Sequence[Axes], losses: np.ndarray) -> None:
@@ -188,19 +132,6 @@ def loss_axis(axes: Sequence[Axes], losses: np.ndarray) -> None:
     margin = 0.06 * (high - low) or 0.1
     for ax in axes:
         ax.set(yscale="log", ylim=(10 ** (low - margin), 10 ** (high + margin)))
-
-
-def title(ax: Axes, *parts: str) -> None:
-    """A panel's title, in lines that fit it, broken between parts."""
-    text = " · ".join(filter(None, parts)).replace(" ", HARD).replace(f"{HARD}·{HARD}", f"{HARD}· ")
-    ax.set_title(
-        textwrap.fill(text, TITLE_WIDTH, break_on_hyphens=False).replace(f"{HARD}·\n", "\n").replace(HARD, " "), fontsize=9
-    )
-
-
-def sequential(count: int) -> list[Any]:
-    """Colours of lines that have an order, told apart by all kinds of sight; the palest, too pale for a line, left out."""
-    return [colormaps["viridis"](place) for place in np.linspace(0, 0.88, count)]
 
 
 def identity(table: pd.DataFrame) -> str:
@@ -216,52 +147,6 @@ def identity(table: pd.DataFrame) -> str:
     return " · ".join(texts)
 
 
-def number(value: Any) -> str:
-    """A setting as text; small powers of two, and small or large ones of ten, as such."""
-    if not isinstance(value, float):
-        return str(value)
-    if not value > 0:
-        return "none" if value != value else f"{value:g}"
-    if value < 0.25 and _is_power_of_two(value):
-        return _power(2, math.log2(value))
-    ten = round(math.log10(value))
-    return _power(10, ten) if abs(ten) > 3 and value == float(f"1e{ten}") else f"{value:.4g}"
-
-
-def _is_power_of_two(value: float) -> bool:
-    return math.frexp(value)[0] == 0.5
-
-
-def _power(base: int, exponent: float) -> str:
-    return f"{base}" + f"{exponent:.0f}".translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-
-
 def slope_text(slope: Slope) -> str:
     """An exponent and its standard error, to a thousandth."""
     return with_error(slope.slope, slope.error) if slope.error >= 1e-3 else f"{slope.slope:z.3f}"
-
-
-def log_axis(ax: Axes, which: str, values: Iterable[float]) -> None:
-    """A logarithmic axis with ticks at values of the study: as powers of two where all of them are."""
-    values = sorted(set(values))
-    axis = ax.xaxis if which == "x" else ax.yaxis
-    ax.set(**{f"{which}scale": "log"})
-    apart = (values[-1] / values[0]) ** (1 / MAX_TICKS)
-    ticks = values[:1]
-    for value in values[1:]:
-        if value >= 0.999 * ticks[-1] * apart:
-            ticks.append(value)
-    powers = all(map(_is_power_of_two, values)) and values[-1] / values[0] >= 64
-    axis.set_ticks(
-        ticks, [_power(2, math.log2(value)) if powers else number(float(f"{value:.3g}")) for value in ticks], fontsize=9
-    )
-    axis.set_minor_locator(NullLocator())
-
-
-def fence(values: np.ndarray) -> tuple[float, float]:
-    """The lowest value and the highest that is no outlier (Tukey's: above the upper quartile by 1.5 of their distance)."""
-    values = values[np.isfinite(values)]
-    if not values.size:
-        return 0.0, 1.0
-    lower, upper = np.quantile(values, (0.25, 0.75))
-    return float(values.min()), float(values[values <= upper + 1.5 * (upper - lower)].max())

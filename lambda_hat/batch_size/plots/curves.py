@@ -16,22 +16,17 @@ from lambda_hat.batch_size.plots.common import (
     MAX_PANELS,
     WINDOW,
     columns_of,
-    evenly,
-    finish,
     fullest,
     groups,
     loss_axis,
     loss_label,
-    number,
     panels,
-    sequential,
     shown,
     temperature,
-    title,
 )
 from lambda_hat.batch_size.smoothing import smooth, updates_done
 from lambda_hat.batch_size.study import Study
-from lambda_hat.plots.style import BAND, EXACT
+from lambda_hat.plots.style import BAND, EXACT, evenly, finish, number, sequential, title
 
 
 def plot_losscurve_temp_samples(study: Study) -> Figure | None:

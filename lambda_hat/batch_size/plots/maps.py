@@ -19,20 +19,16 @@ from lambda_hat.batch_size.fits import LAZY, RICH, richness_slopes
 from lambda_hat.batch_size.plots.common import (
     LABELS,
     columns_of,
-    fence,
-    finish,
     groups,
-    log_axis,
     loss_label,
     optima,
     over_seeds,
     panels,
     shown,
     slope_text,
-    title,
 )
 from lambda_hat.batch_size.study import Study
-from lambda_hat.plots.style import COLORS, EXACT
+from lambda_hat.plots.style import COLORS, EXACT, fence, finish, log_axis, title
 
 #: The share of cells with a trial below which a set of trials is no grid, and is drawn as points.
 FILLED = 0.15

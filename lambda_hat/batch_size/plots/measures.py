@@ -9,25 +9,10 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from lambda_hat.batch_size.plots.common import (
-    LABELS,
-    MAX_LINES,
-    Group,
-    evenly,
-    fence,
-    finish,
-    groups,
-    log_axis,
-    loss_label,
-    over_seeds,
-    panels,
-    sequential,
-    shown,
-    title,
-)
+from lambda_hat.batch_size.plots.common import LABELS, MAX_LINES, Group, groups, loss_label, over_seeds, panels, shown
 from lambda_hat.batch_size.plots.maps import DIVERGED, color_bar, heatmap, log10
 from lambda_hat.batch_size.study import Study
-from lambda_hat.plots.style import BAND, EXACT
+from lambda_hat.plots.style import BAND, EXACT, evenly, fence, finish, log_axis, sequential, title
 from lambda_hat.trials.spec import TrialSpec
 
 #: Settings shown, a row of two panels each.

@@ -24,24 +24,18 @@ from lambda_hat.batch_size.plots.common import (
     MAX_LINES,
     WINDOW,
     columns_of,
-    evenly,
-    finish,
     groups,
-    log_axis,
     loss_axis,
     loss_label,
-    number,
     optima,
     over_seeds,
     panels,
-    sequential,
     shown,
     slope_text,
-    title,
 )
 from lambda_hat.batch_size.smoothing import smooth
 from lambda_hat.batch_size.study import Study
-from lambda_hat.plots.style import BAND, COLORS, EXACT, MARKERS, color
+from lambda_hat.plots.style import BAND, COLORS, EXACT, MARKERS, color, evenly, finish, log_axis, number, sequential, title
 
 #: The share of batch sizes that reach the target loss, and the fewest that say anything.
 REACHING, MIN_SIZES = 0.75, 3

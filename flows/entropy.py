@@ -1,0 +1,122 @@
+"""Entropy studies: what one update does to a policy's entropy, and which sequences do it. `python flows/entropy.py --help`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.logging import get_run_logger
+
+from flows.orchestration import Command, RunsFailed, command_line, parser, publish_to_ui
+from flows.runs import compute, run_each
+from flows.tasks import Place, measure_update, open_place, train_policy
+from lambda_hat.entropy import artifacts
+from lambda_hat.entropy.plan import EntropyPlan, describe, make_entropy_plan
+from lambda_hat.entropy.spec import EntropySpec
+from lambda_hat.entropy.summary import failures, label, outcome, places, preview, table, text
+from lambda_hat.manifest import entropy_address, target_address
+from lambda_hat.runtime import configure
+from lambda_hat.settings import Runtime
+from lambda_hat.store import Store
+
+
+@flow(name="entropy")
+def entropy(
+    experiment: str = "", overrides: Sequence[str] = (), store_uri: str = "", settings_file: str = ""
+) -> dict[str, Any]:
+    """Measures what updates of policies do to their entropy; trains and measures only what the store does not hold.
+
+    Args:
+      experiment: A named entropy study of the settings; "default" if none is named.
+      overrides: KEY=VALUE each, as on the command line: "target.checkpoint=0,150", "update.num_prompts=16", "sampler=sgld".
+      store_uri: Where artifacts go, a folder or s3://bucket/prefix, in place of the settings' store.
+      settings_file: A settings file, in place of ./settings.toml.
+
+    Returns:
+      The study's id, its measurements and where its files are.
+
+    Raises:
+      InvalidInput: an argument is wrong; nothing has been computed.
+      RunsFailed: some measurements or runs failed; the others are finished and stored.
+    """
+    settings, store = open_place({"store_uri": store_uri or None, "settings_file": settings_file or None})
+    configure(settings.runtime, computes=settings.runtime.engine == "threads")
+    study = make_entropy_plan(settings, experiment or None, list(overrides))
+    place: Place = {"store_uri": store.uri, "settings_file": str(Path(settings_file).absolute()) if settings_file else None}
+    errors = _train(study, store, place, settings.runtime) + _measure(study, store, place, settings.runtime)
+    fine, damaged = artifacts.intact(store, study.specs)
+    rows = compute(study.runs, store, place, settings.runtime) if study.runs else []
+    return _publish(study, store, fine, outcome(study, fine, rows, errors + damaged))
+
+
+def _train(study: EntropyPlan, store: Store, place: Place, runtime: Runtime) -> list[str]:
+    """Trains the policies that are not in the store; what failed, and why."""
+    policies = {spec.target.target_id: spec for spec in study.specs}
+    missing = [spec for target_id, spec in policies.items() if not store.exists(target_address(target_id))]
+    get_run_logger().info("%d of %d policies are in the store", len(policies) - len(missing), len(policies))
+    calls = [
+        (spec.target.target_id, f"{spec.target.task.kind}, seed {spec.target.seed}", spec.target.model_dump(mode="json"), place)
+        for spec in missing
+    ]
+    return run_each(train_policy, calls, runtime)
+
+
+def _measure(study: EntropyPlan, store: Store, place: Place, runtime: Runtime) -> list[str]:
+    """Measures what is not in the store, of the policies that are; what failed, and why."""
+    missing = [
+        spec for spec in study.specs
+        if store.exists(target_address(spec.target.target_id)) and not store.exists(entropy_address(spec.entropy_id))
+    ]  # fmt: skip
+    get_run_logger().info("%d of %d updates are to be measured", len(missing), len(study.specs))
+    chunks = study.options.grad_chunk_size, study.options.tf_batch_size
+    calls = [(spec.entropy_id, label(spec), spec.model_dump(mode="json"), chunks, place) for spec in missing]
+    return run_each(measure_update, calls, runtime)
+
+
+def _publish(study: EntropyPlan, store: Store, fine: list[EntropySpec], result: dict[str, Any]) -> dict[str, Any]:
+    """The finished measurements as one study, in the store and in the UI; returns the result with it or raises RunsFailed."""
+    heading, plots = f"{study.name}: {len(fine)} of {len(study.specs)} updates measured", {}
+    if fine:
+        result["measurements"] = table(store, fine)
+        try:
+            ids = [spec.entropy_id for spec in fine]
+            manifest = artifacts.publish_study(study.name, ids, store, study.options.plots, result["run_ids"])
+            result |= places(manifest, store)
+            plots = {name: store.read(manifest.address, name) for name in result["files"] if name.endswith(".png")}
+        except Exception as error:  # a plot that fails: there is a table all the same
+            result["errors"].append(f"no plots: {error}")
+            heading += f"; no plots: {error}"
+            get_run_logger().error(heading)
+        publish_to_ui("entropy-results", result["measurements"], plots, heading, result.get("files", {}).get("report.html", ""))
+    if result["num_failed"] or result["runs_failed"]:
+        raise RunsFailed(failures(result), result)
+    return result
+
+
+EXAMPLES = """\
+examples:
+  python flows/entropy.py                                                 the default study, a few minutes
+  python flows/entropy.py --list                                          studies, policies and fields of a measurement
+  python flows/entropy.py target.checkpoint=0,75,150 update.num_prompts=16 'etas=1e-4,1e-3'
+  python flows/entropy.py 'target.seed=range(0,3)' 'seed=range(0,8)'      three policies, eight updates at each checkpoint
+  python flows/entropy.py sampler=sgld sampler.batch_size=121             with the llc of the policy at each checkpoint
+"""
+
+
+def main() -> int:
+    options = parser(entropy, EXAMPLES)
+    given = options.parse_args()
+    arguments = (given.experiment, given.overrides)
+    command = Command(
+        entropy, plan=lambda settings, _store, _: make_entropy_plan(settings, *arguments), listing=describe,
+        name=lambda study: f"{study.name}: {len(study.specs)} updates", preview=preview, arguments=lambda _: arguments,
+        show=lambda _, result, __: text(result),
+    )  # fmt: skip
+    return command_line(command, given)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,326 @@
+"""One update of a policy, taken apart and measured: all numbers of one entry of a study, computed step by step.
+
+The steps are, for each evaluation batch, the attribution matrix and the changes at each eta. An interrupted measurement goes on
+within the step it was in; batches are drawn again, from the same keys.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pandas as pd
+from jax.tree_util import Partial
+
+from lambda_hat.chunks import Pace, Progress, no_progress
+from lambda_hat.entropy.adamw import AdamW, aggregate_gradient, take_apart
+from lambda_hat.entropy.attribution import (
+    Changes,
+    Columns,
+    Training,
+    attribution_matrix,
+    entropy_changes,
+    gradient_norms,
+    linearity,
+)
+from lambda_hat.entropy.batches import Drawn, draw_evaluation, draw_update, features, prompts_of, token_arrays
+from lambda_hat.entropy.estimators import Orders, baselines, orders, token_terms
+from lambda_hat.entropy.exact import enumerate_completions, exact_entropy
+from lambda_hat.entropy.importance import Snis
+from lambda_hat.entropy.sequences import Batch, TokenStats, all_token_stats, moved
+from lambda_hat.entropy.spec import EntropySpec
+from lambda_hat.entropy.study import Measured
+from lambda_hat.policies.objective import sequence_weights
+from lambda_hat.policies.policy import policy_of
+from lambda_hat.policies.spec import RlSpec
+from lambda_hat.target import Params, Target
+
+#: Bytes that directions held together, and the logits of sequences evaluated together, may each take where the device does not
+#: say how much memory it has.
+MEMORY = 2**30
+#: What is held of a direction, in parameters: v_i, g_i, what is being added, and gradients of evaluation sequences.
+_COPIES = 4
+#: The most of either that is worth holding together.
+MAX_GRAD_CHUNK, MAX_SEQUENCE_CHUNK = 64, 256
+
+
+class ChunkSizes(NamedTuple):
+    """Training sequences, and sequences in a forward pass, that are held together; they change rounding alone."""
+
+    grad: int
+    sequences: int
+
+
+class Work(NamedTuple):
+    """A measurement cut short: the arrays of finished steps, the step it was in, and what is known of that."""
+
+    finished: dict[str, dict[str, np.ndarray]]
+    step: str
+    columns: Columns
+
+
+class Details(NamedTuple):
+    """What the tables leave out.
+
+    update, evaluations: arrays of every token. changes: of each evaluation batch, one for each eta.
+    """
+
+    update: dict[str, np.ndarray]
+    evaluations: list[dict[str, np.ndarray]]
+    changes: list[list[Changes]]
+
+
+def chunk_sizes(grad: int, sequences: int, params: Params, length: int, vocab_size: int) -> ChunkSizes:
+    """Those given, and where one is 0 what an eighth of the device's memory holds, at least 1."""
+    stats = jax.local_devices()[0].memory_stats()
+    budget = stats["bytes_limit"] // 8 if stats and "bytes_limit" in stats else MEMORY
+    direction = _COPIES * sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params))
+    grad = grad or max(1, min(MAX_GRAD_CHUNK, budget // direction))
+    logits = 4 * length * vocab_size * jnp.dtype(jnp.float32).itemsize * grad
+    return ChunkSizes(grad, sequences or max(1, min(MAX_SEQUENCE_CHUNK, budget // logits)))
+
+
+def measure(
+    spec: EntropySpec,
+    target: Target,
+    state: dict[str, Any],
+    grad_chunk_size: int = 0,
+    tf_batch_size: int = 0,
+    progress: Progress = no_progress,
+    resume: Work | None = None,
+    save: Callable[[Work], None] | None = None,
+) -> tuple[Measured, Details]:
+    """Takes the update apart and measures what it and its parts do to the entropy.
+
+    Args:
+      target: the policy at the spec's checkpoint. state: its optimizer's there, with count, mu and nu.
+      grad_chunk_size, tf_batch_size: see `ChunkSizes`; 0 = as memory allows.
+      resume: what `save` received last in an interrupted call.
+
+    Raises:
+      InvalidInput: no group of the update has rewards that differ, or a written prompt has unknown characters.
+    """
+    with jax.enable_x64(spec.target.precision == "float64"):
+        return _Measurement(spec, target, state, (grad_chunk_size, tf_batch_size), progress, resume, save).measured()
+
+
+class _Measurement:
+    """The state of `measure`."""
+
+    def __init__(
+        self, spec: EntropySpec, target: Target, state: dict[str, Any], chunks: tuple[int, int], progress: Progress,
+        resume: Work | None, save: Callable[[Work], None] | None,
+    ) -> None:  # fmt: skip
+        self.began = time.perf_counter()
+        self.spec, self.policy, self.task = spec, policy_of(target), spec.target.tokenized()
+        self.params: Params = self.policy.params
+        self.apply = in_bfloat16(self.policy.apply) if spec.forward == "bfloat16" else self.policy.apply
+        self.update = draw_update(spec.update, self.policy, self.task, spec.seed)
+        self.drawn = [
+            draw_evaluation(spec.evaluation, self.policy, self.task, spec.seed, number)
+            for number in range(spec.evaluation.num_batches)
+        ]
+        length, vocabulary = self.drawn[0].batch.tokens_BT.shape[1], self.task.tokenizer.vocab_size
+        self.chunks = chunk_sizes(*chunks, self.params, length, vocabulary)
+        self.progress, self.save, self.pace = progress, save, Pace()
+        self.work = resume or Work({}, "", Columns(0, {}))
+        self.training = self._take_apart(state)
+
+    def _take_apart(self, state: dict[str, Any]) -> Training:
+        drawn, group = self.update.drawn, self.spec.update.num_completions
+        lengths = drawn.batch.mask_BT.sum(axis=1)
+        weights = sequence_weights(drawn.advantages.reshape(-1, group), lengths.reshape(-1, group)).ravel()
+        gradient = aggregate_gradient(self.apply, self.params, drawn.batch, weights, self.chunks.sequences)
+        adam = optax.ScaleByAdamState(**{name: state[name] for name in ("count", "mu", "nu")})
+        update = take_apart(adamw_of(self.spec.target.rl), adam, self.params, gradient)
+        return Training(drawn.batch, weights, update)
+
+    def measured(self) -> tuple[Measured, Details]:
+        stats = self._stats(self.update.drawn.batch)
+        table = features(self.update.drawn, stats, self.task)
+        norms = gradient_norms(self.apply, self.params, self.training, self.chunks.grad)
+        table = self._named(table.assign(weight=self.training.weights, gradient_norm=norms), "update")
+        evaluations, matrices, tokens, all_changes, influence, changes, summaries = [], [], [], [], [], [], []
+        exact = self._exact()
+        for number, drawn in enumerate(self.drawn):
+            own = self._stats(drawn.batch)
+            controls = baselines(own, drawn.batch.mask_BT, self.spec.integrand)
+            matrix = self._matrix(number, drawn, controls)
+            first = self._orders(drawn, controls)
+            found = [self._changes(number, drawn, eta) for eta in self.spec.etas]
+            named = self._named(features(drawn, own, self.task), f"eval_{number:02}")
+            evaluations.append(named.drop(columns=["advantage", "attempt"]))
+            matrices.append(matrix)
+            tokens.append(token_arrays(drawn, own))
+            all_changes.append(found)
+            influence += [_influence(number, matrix, change) for change in found]
+            changes += [_change(number, change, first, exact.get(change.eta)) for change in found]
+            summaries.append(_summary(self._mean(drawn, own), matrix, first, found, exact.get(0.0)))
+        measured = Measured(
+            self.spec.entropy_id, self.spec, self._head() | {"evaluations": summaries}, table, evaluations, matrices,
+            pd.concat(influence, ignore_index=True), pd.DataFrame(changes),
+        )  # fmt: skip
+        return measured, Details(token_arrays(self.update.drawn, stats), tokens, all_changes)
+
+    def _named(self, table: pd.DataFrame, batch: str) -> pd.DataFrame:
+        """With an id for each sequence, under which it is known in no other measurement."""
+        return table.assign(id=[f"{self.spec.entropy_id}.{batch}.{number}" for number in table["sequence"]])
+
+    def _stats(self, batch: Batch) -> TokenStats:
+        return all_token_stats(self.apply, self.params, batch, self.chunks.sequences)
+
+    def _mean(self, drawn: Drawn, stats: TokenStats) -> tuple[float, float, int]:
+        """The mean of the integrand, its standard error and the number of sequences."""
+        h = np.sum(np.asarray(token_terms(stats, drawn.batch.mask_BT, self.spec.integrand), np.float64), axis=1)
+        return float(np.mean(h)), float(np.std(h, ddof=1) / np.sqrt(len(h))), len(h)
+
+    def _step(self, name: str, compute: Callable[[Columns | None, Callable[[Columns], None]], dict[str, np.ndarray]]) -> Any:
+        """The arrays of a step: found among the finished, or computed from where it was left."""
+        if name not in self.work.finished:
+            resume = self.work.columns if self.work.step == name and self.work.columns.done else None
+
+            def save(columns: Columns) -> None:
+                self.work = self.work._replace(step=name, columns=columns)
+                if self.save is not None:
+                    self.pace(lambda: self.save(self.work))  # type: ignore[misc]
+
+            arrays = compute(resume, save)
+            self.work = Work(self.work.finished | {name: arrays}, "", Columns(0, {}))
+        return self.work.finished[name]
+
+    def _progress(self, note: str) -> Progress:
+        """Of one step as that of all."""
+        steps = len(self.drawn) * (1 + len(self.spec.etas))
+        finished = len(self.work.finished)
+
+        def show(done: int, total: int, unit: str, _: str) -> None:
+            self.progress(finished * total + done, steps * total, unit, note)
+
+        return show
+
+    def _matrix(self, number: int, drawn: Drawn, controls: np.ndarray) -> np.ndarray:
+        def compute(resume: Columns | None, save: Callable[[Columns], None]) -> dict[str, np.ndarray]:
+            matrix = attribution_matrix(
+                self.apply, self.params, self.training, drawn.batch, controls, self.spec.integrand, *self.chunks,
+                progress=self._progress("attribution"), resume=resume, save=save,
+            )  # fmt: skip
+            return {"matrix": matrix}
+
+        return np.asarray(self._step(f"{number}/matrix", compute)["matrix"])
+
+    def _changes(self, number: int, drawn: Drawn, eta: float) -> Changes:
+        def compute(resume: Columns | None, save: Callable[[Columns], None]) -> dict[str, np.ndarray]:
+            changes = entropy_changes(
+                self.apply, self.params, self.training, drawn.batch, eta, self.spec.integrand, self.spec.clip, *self.chunks,
+                progress=self._progress(f"eta {eta:g}"), resume=resume, save=save,
+            )  # fmt: skip
+            parts = {name: getattr(changes, name) for name in PARTS}
+            return {f"{name}.{field}": array for name, snis in parts.items() for field, array in snis._asdict().items()}
+
+        arrays = self._step(f"{number}/eta_{eta!r}", compute)
+        return Changes(eta, *(Snis(*(arrays[f"{name}.{field}"] for field in Snis._fields)) for name in PARTS))
+
+    def _orders(self, drawn: Drawn, controls: np.ndarray) -> Orders:
+        """Along v and along b."""
+        both = jax.tree.map(lambda *leaves: np.stack(leaves), self.training.update.full, self.training.update.baseline)
+        return orders(
+            self.apply, self.params, both, drawn.batch, controls, self.spec.integrand,
+            direction_chunk=2, sequence_chunk=self.chunks.sequences,
+        )  # fmt: skip
+
+    def _exact(self) -> dict[float, float]:
+        """By enumeration, the entropy at the policy, under eta = 0, and its changes at the etas; none where it is not asked."""
+        if not self.spec.exact:
+            return {}
+        prompts, _ = prompts_of(self.spec.evaluation, self.task)
+        rows = [row[:length].tolist() for row, length in zip(prompts.tokens, prompts.lengths, strict=True)]
+        enumeration = enumerate_completions(rows, self.task.tokenizer.vocab_size, self.task.max_length, self.task.end_token)
+        full = self.training.update.full
+        there = {eta: jax.jit(moved)(self.params, full, np.asarray(eta)) for eta in (0.0, *self.spec.etas)}
+        entropies = {eta: exact_entropy(self.apply, params, enumeration) for eta, params in there.items()}
+        return {eta: value - (entropies[0.0] if eta else 0) for eta, value in entropies.items()}
+
+    def _head(self) -> dict[str, Any]:
+        drawn, stats = self.update.drawn, self._stats(self.update.drawn.batch)
+        mask = drawn.batch.mask_BT
+        advantages = np.broadcast_to(drawn.advantages[:, None], mask.shape)[mask]
+        return {
+            "target_id": self.spec.target.target_id, "checkpoint": self.spec.target.checkpoint,
+            "eta_policy": self.spec.target.rl.learning_rate, "integrand": self.spec.integrand,
+            "num_update": len(drawn.rewards), "num_groups": self.update.groups_asked - self.update.shortfall,
+            "groups_asked": self.update.groups_asked, "shortfall": self.update.shortfall,
+            "resample_attempts": self.update.attempts, "accuracy": self.update.accuracy,
+            "clip": float(self.training.update.clip), "gradient_norm": float(self.training.update.gradient_norm),
+            "covariance": float(np.cov(stats.logp_BT[mask].astype(np.float64), advantages)[0, 1]),
+            "grad_chunk_size": self.chunks.grad, "tf_batch_size": self.chunks.sequences,
+            "seconds": time.perf_counter() - self.began,
+        }  # fmt: skip
+
+
+#: The parts of `Changes` that are estimates, in their order.
+PARTS = ("full", "baseline", "grad", "baseline_plus_grad")
+
+
+def adamw_of(rl: RlSpec) -> AdamW:
+    """The numbers of a policy's optimizer."""
+    return AdamW(rl.beta1, rl.beta2, rl.epsilon, rl.weight_decay, np.inf if rl.max_norm is None else rl.max_norm)
+
+
+def in_bfloat16(apply: Partial) -> Partial:
+    """The policy with its parameters and activations in bfloat16; logits in float32."""
+
+    def forward(apply: Partial, params: Params, tokens_BT: jax.Array) -> jax.Array:
+        cast = functools.partial(jax.tree.map, lambda leaf: leaf.astype(jnp.bfloat16))
+        held = Partial(apply.func, *cast(apply.args), **cast(apply.keywords))
+        return held(cast(params), tokens_BT).astype(jnp.float32)
+
+    return Partial(forward, apply)
+
+
+def _influence(number: int, matrix: np.ndarray, changes: Changes) -> pd.DataFrame:
+    """A row for each training sequence."""
+    alone, on_top, size = changes.grad, changes.baseline_plus_grad, len(matrix)
+    return pd.DataFrame({
+        "evaluation": number, "eta": changes.eta, "sequence": np.arange(matrix.shape[1]),
+        "change": alone.change, "error": alone.jackknife_error,
+        "change_on_baseline": on_top.change, "error_on_baseline": on_top.jackknife_error,
+        "first_order": changes.eta * matrix.sum(axis=0),
+        "first_order_error": changes.eta * np.sqrt(size) * matrix.std(axis=0, ddof=1),
+        "ess": alone.ess, "clip_fraction": alone.clip_fraction,
+    })  # fmt: skip
+
+
+def _change(number: int, changes: Changes, orders: Orders, exact: float | None) -> dict[str, Any]:
+    full, baseline, eta = changes.full, changes.baseline, changes.eta
+    return {
+        "evaluation": number, "eta": eta,
+        "full": full.change[0], "full_error": full.jackknife_error[0],
+        "baseline": baseline.change[0], "baseline_error": baseline.jackknife_error[0],
+        "grad_sum": float(np.sum(changes.grad.change)), "residual": changes.residual,
+        "first_order": eta * orders.first[0], "first_order_error": eta * orders.first_error[0],
+        "second_order": orders.change(eta)[0], "exact": np.nan if exact is None else exact,
+        "ess": full.ess[0], "clip_fraction": full.clip_fraction[0],
+    }  # fmt: skip
+
+
+def _summary(
+    mean: tuple[float, float, int], matrix: np.ndarray, orders: Orders, changes: list[Changes], exact: float | None
+) -> dict[str, Any]:
+    values = {
+        "num_sequences": mean[2], "entropy": mean[0], "entropy_error": mean[1], "exact_entropy": exact,
+        "first": orders.first[0], "first_error": orders.first_error[0],
+        "second": orders.second[0], "second_error": orders.second_error[0], "eta_star": orders.linear_until()[0],
+        "baseline_first": orders.first[1], "baseline_first_error": orders.first_error[1], "grad_first": np.sum(matrix),
+    }  # fmt: skip
+    summary: dict[str, Any] = {name: value if value is None else float(value) for name, value in values.items()}
+    summary["num_sequences"] = mean[2]
+    if len(changes) > 1:
+        line = linearity([change.eta for change in changes], [change.full.change[0] for change in changes])
+        summary["linearity"] = line._asdict()
+    return summary

@@ -1,0 +1,105 @@
+"""An entropy study as people read it on a terminal: what it would measure, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lambda_hat.entropy.plan import EntropyPlan
+from lambda_hat.entropy.spec import EntropySpec
+from lambda_hat.manifest import Manifest, entropy_address, entropy_study_address, target_address
+from lambda_hat.report import aligned
+from lambda_hat.store import Store
+from lambda_hat.text import with_error
+
+#: Columns of numbers.
+RIGHT = {
+    "seed", "checkpoint", "prompts", "completions", "evaluation", "etas", "accuracy", "entropy", "dH/deta", "of baseline",
+    "of sequences", "eta*", "flat groups",
+}  # fmt: skip
+
+
+def preview(plan: EntropyPlan, store: Store) -> str:
+    """What a study would measure, and what of it the store has."""
+    policies = {spec.target.target_id for spec in plan.specs}
+    trained = {manifest.id for manifest in store.manifests(map(target_address, policies))}
+    measured = {manifest.id for manifest in store.manifests(entropy_address(spec.entropy_id) for spec in plan.specs)}
+    cells = [{
+        "policy": spec.target.target_id, "task": spec.target.task.kind, "seed": f"{spec.target.seed}",
+        "checkpoint": f"{spec.target.checkpoint}", "prompts": f"{spec.update.count}",
+        "completions": f"{spec.update.num_completions}",
+        "evaluation": f"{spec.evaluation.num_batches} x {spec.evaluation.num_sequences}", "etas": f"{len(spec.etas)}",
+        "status": "measured" if spec.entropy_id in measured else "to measure",
+    } for spec in plan.specs]  # fmt: skip
+    sampled = f", and the llc by {len(plan.runs)} runs" if plan.runs else ""
+    return (
+        f"{aligned(cells, RIGHT)}\n{len(plan.specs)} updates of {len(policies)} policies, of which {len(trained)} are trained; "
+        f"{len(plan.specs) - len(measured)} to measure{sampled}"
+    )
+
+
+def label(spec: EntropySpec) -> str:
+    """A name for one measurement."""
+    return f"{spec.target.task.kind}, seed {spec.target.seed}, checkpoint {spec.target.checkpoint}, batch seed {spec.seed}"
+
+
+def outcome(
+    plan: EntropyPlan, fine: Sequence[EntropySpec], rows: Sequence[Mapping[str, Any]], errors: Sequence[str]
+) -> dict[str, Any]:
+    """The result of the flow, before it is published: what failed, and why.
+
+    Args:
+      fine: what is measured. rows: of the runs that sample the policies. errors: what went wrong with training and measuring.
+    """
+    failed = [row for row in rows if row["status"] == "failed"]
+    return {
+        "name": plan.name, "num_measurements": len(plan.specs), "num_failed": len(plan.specs) - len(fine),
+        "runs_failed": len(failed), "run_ids": [row["run_id"] for row in rows if row["status"] != "failed"],
+        "errors": list(dict.fromkeys([*errors, *(row["remedy"] for row in failed)])),
+    }  # fmt: skip
+
+
+def table(store: Store, specs: Sequence[EntropySpec]) -> list[dict[str, str]]:
+    """A row for each measurement, of its first evaluation batch."""
+    rows = []
+    for spec in sorted(specs, key=lambda spec: (spec.target.target_id, spec.target.checkpoint)):
+        manifest = store.manifest(entropy_address(spec.entropy_id))
+        if manifest is None:
+            continue
+        found, first = manifest.summary, manifest.summary["evaluations"][0]
+        rows.append({
+            "policy": spec.target.target_id, "checkpoint": f"{spec.target.checkpoint}", "measurement": spec.entropy_id,
+            "accuracy": f"{found['accuracy']:.3f}", "entropy": with_error(first["entropy"], first["entropy_error"]),
+            "dH/deta": with_error(first["first"], first["first_error"]), "of baseline": f"{first['baseline_first']:.4g}",
+            "of sequences": f"{first['grad_first']:.4g}", "eta*": f"{first['eta_star']:.2g}" if first["eta_star"] else "-",
+            "flat groups": f"{found['shortfall']} of {found['groups_asked']}",
+        })  # fmt: skip
+    return rows
+
+
+def places(manifest: Manifest, store: Store) -> dict[str, Any]:
+    """The id of a published study and where its files are."""
+    address = entropy_study_address(manifest.id)
+    return {"study_id": manifest.id, "files": {file.name: store.url(address, file.name) for file in manifest.files}}
+
+
+def failures(result: Mapping[str, Any]) -> str:
+    """What failed, in a sentence."""
+    counts = {
+        f"of {result['num_measurements']} measurements": result["num_failed"],
+        "runs that sample the policies": result["runs_failed"],
+    }
+    failed = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
+    return f"{failed} failed; the others are finished and kept, and the same command tries again what failed."
+
+
+def text(result: Mapping[str, Any]) -> str:
+    """The result of the flow for a terminal: the measurements, what failed and why, and where the files are."""
+    lines = [aligned(result["measurements"], RIGHT)] if result.get("measurements") else []
+    lines += [failures(result)] if result["num_failed"] or result["runs_failed"] else []
+    lines += [f"  {error}" for error in result["errors"]]
+    if files := result.get("files"):
+        plots = [f"  {url}" for name, url in files.items() if name.endswith(".png")]
+        lines += [f"{result['study_id']}: {result['num_measurements'] - result['num_failed']} updates measured"]
+        lines += [f"report: {files['report.html']}", f"table: {files['results.csv']}", "plots:", *plots]
+    return "\n".join(lines)
