@@ -6,8 +6,8 @@ import copy
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast, get_args
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -15,7 +15,7 @@ from lambda_hat.overrides import Assignment, Value, parse_sweep
 from lambda_hat.posterior import PosteriorSpec
 from lambda_hat.run import RunSpec
 from lambda_hat.samplers import AnySamplerSpec
-from lambda_hat.settings import Preset, Settings, explain, lookup, models_in, nearest
+from lambda_hat.settings import EntropyExperiment, Preset, Settings, StudyExperiment, explain, lookup, models_in, nearest
 from lambda_hat.spec import InvalidInput, Spec
 from lambda_hat.targets import AnyTargetSpec, TargetSpec
 from lambda_hat.targets.custom import CustomSpec
@@ -37,6 +37,8 @@ CLASSES: dict[str, dict[str, type[Spec]]] = {
     section: {cls.model_fields[TAGS[section]].default: cls for cls in get_args(get_args(union)[0])}
     for section, union in (("target", AnyTargetSpec), ("sampler", AnySamplerSpec))
 }
+
+AnyExperiment = TypeVar("AnyExperiment", StudyExperiment, EntropyExperiment)
 
 KeyPath = tuple[str, ...]
 Sweep = dict[KeyPath, Assignment]
@@ -110,6 +112,33 @@ def make_targets(settings: Settings, overrides: Sequence[str]) -> list[TargetSpe
     found = [cast(TargetSpec, spec) for name in names for spec in plan.specs("target", name, {})]
     plan.check_all_applied([sweep])
     return found
+
+
+def study_options(
+    base: AnyExperiment, user: Sweep, names: Collection[str], plots: Callable[[], Collection[str]]
+) -> AnyExperiment:
+    """The options of a study, those of `names`, changed by overrides.
+
+    Args:
+      plots: gives the names of plots there are; called where some are chosen.
+
+    Raises:
+      InvalidInput: a value is wrong, or a plot is not known.
+    """
+    fields = base.model_dump()
+    for name in names:
+        if assignment := user.get((name,)):
+            values = assignment.values
+            fields[name] = values if len(values) > 1 or (name == "plots" and isinstance(values[0], str)) else values[0]
+    try:
+        options = type(base).model_validate(fields)
+    except ValidationError as error:
+        raise explain(error, type(base), lambda _: "Correct the override or the study in the settings.", "study") from None
+    if options.plots:
+        known = dict.fromkeys(plots())
+        for plot in options.plots:
+            lookup(known, "plot", plot)
+    return options
 
 
 def check_own(settings: Settings, spec: TargetSpec) -> None:
@@ -320,7 +349,13 @@ def _set(fields: dict[str, Any], path: KeyPath, value: Value) -> None:
 def _with_defaults(cls: type[BaseModel], fields: dict[str, Any]) -> dict[str, Any]:
     """The fields, with what a component leaves out taken from the family's default rather than from the component's class."""
     defaults = {name: field.default for name, field in cls.model_fields.items() if isinstance(field.default, Spec)}
-    return _merge({name: default.model_dump(mode="json") for name, default in defaults.items()}, fields)
+    dumped = {name: default.model_dump(mode="json") for name, default in defaults.items()}
+    other_kind = {name for name, default in dumped.items() if _kind(fields.get(name)) not in (None, default.get("kind"))}
+    return _merge({name: default for name, default in dumped.items() if name not in other_kind}, fields)
+
+
+def _kind(component: Any) -> Any:
+    return component.get("kind") if isinstance(component, dict) else None
 
 
 def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

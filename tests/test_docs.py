@@ -12,6 +12,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from lambda_hat.batch_size.plan import check_studies
+from lambda_hat.entropy.plan import check_entropy
 from lambda_hat.plan import check_presets
 from lambda_hat.settings import load_settings
 
@@ -81,7 +83,9 @@ def test_notebook(path, tmp_path, monkeypatch):
 def test_settings(name, text, tmp_path):
     path = tmp_path / "settings.toml"
     path.write_text(text)
-    check_presets(load_settings(path))
+    settings = load_settings(path)
+    for check in (check_presets, check_studies, check_entropy):
+        check(settings)
 
 
 def test_links_and_pictures_exist():

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from lambda_hat.batch_size.artifacts import find_target
 from lambda_hat.overrides import Assignment, parse_sweep
-from lambda_hat.plan import check_own, make_plan
+from lambda_hat.plan import check_own, make_plan, study_options
 from lambda_hat.run import RunSpec
 from lambda_hat.settings import Preset, Settings, StudyExperiment, explain, lookup, nearest
 from lambda_hat.spec import InvalidInput, Precision
@@ -105,7 +105,7 @@ def make_study(settings: Settings, experiment: str | None = None, overrides: Seq
     base = lookup(settings.studies, "study", name)
     user = parse_sweep(overrides)
     sweeps = [parse_sweep(texts) for texts in base.sweeps]
-    options = _options(base, user)
+    options = study_options(base, user, _OPTIONS, _plots)
     user = {path: assignment for path, assignment in user.items() if assignment.key not in _OPTIONS}
     trials: dict[str, TrialSpec] = {}
     sampling: dict[Key, Assignment] = {}
@@ -159,22 +159,10 @@ def _texts(sweep: Sweep) -> str:
     return ", ".join(assignment.text for assignment in sweep.values()) or "none"
 
 
-def _options(base: StudyExperiment, user: Sweep) -> StudyExperiment:
-    fields = base.model_dump()
-    for name in _OPTIONS:
-        if assignment := user.get((name,)):
-            values = assignment.values
-            fields[name] = values if len(values) > 1 or (name == "plots" and isinstance(values[0], str)) else values[0]
-    try:
-        options = StudyExperiment.model_validate(fields)
-    except ValidationError as error:
-        raise explain(error, StudyExperiment, lambda _: "Correct the override or the study in the settings.", "study") from None
-    if options.plots:
-        from lambda_hat.batch_size.plots import PLOTS
+def _plots() -> list[str]:
+    from lambda_hat.batch_size.plots import PLOTS
 
-        for plot in options.plots:
-            lookup(PLOTS, "plot", plot)
-    return options
+    return list(PLOTS)
 
 
 def _over(sweep: Sweep, user: Sweep) -> Sweep:

@@ -44,7 +44,7 @@ from lambda_hat.target import Params, Target
 #: Bytes that directions held together, and the logits of sequences evaluated together, may each take where the device does not
 #: say how much memory it has.
 MEMORY = 2**30
-#: What is held of a direction, in parameters: v_i, g_i, what is being added, and gradients of evaluation sequences.
+#: Arrays of a direction's size, and of the logits', that are held at once: v_i, g_i, what is being added, and gradients.
 _COPIES = 4
 #: The most of either that is worth holding together.
 MAX_GRAD_CHUNK, MAX_SEQUENCE_CHUNK = 64, 256
@@ -81,9 +81,10 @@ def chunk_sizes(grad: int, sequences: int, params: Params, length: int, vocab_si
     stats = jax.local_devices()[0].memory_stats()
     budget = stats["bytes_limit"] // 8 if stats and "bytes_limit" in stats else MEMORY
     direction = _COPIES * sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params))
-    grad = grad or max(1, min(MAX_GRAD_CHUNK, budget // direction))
-    logits = 4 * length * vocab_size * jnp.dtype(jnp.float32).itemsize * grad
-    return ChunkSizes(grad, sequences or max(1, min(MAX_SEQUENCE_CHUNK, budget // logits)))
+    logits = _COPIES * length * vocab_size * jnp.dtype(jnp.float32).itemsize  # of a sequence under one policy
+    # Policies and sequences of a forward pass share the room: not all of it is the policies'.
+    grad = grad or max(1, min(MAX_GRAD_CHUNK, budget // direction, budget // (4 * logits)))
+    return ChunkSizes(grad, sequences or max(1, min(MAX_SEQUENCE_CHUNK, budget // (logits * grad))))
 
 
 def measure(

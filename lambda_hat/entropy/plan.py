@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from lambda_hat.entropy.spec import EntropySpec, EvaluationSpec, UpdateSpec
 from lambda_hat.overrides import Assignment, parse_sweep
-from lambda_hat.plan import ALL, make_plan, make_targets
+from lambda_hat.plan import ALL, make_plan, make_targets, study_options
 from lambda_hat.policies.spec import PolicySpec
 from lambda_hat.run import RunSpec
 from lambda_hat.settings import EntropyExperiment, Settings, explain, lookup, nearest
@@ -68,7 +68,7 @@ def make_entropy_plan(
     name = experiment or DEFAULT
     base = lookup(settings.entropy, "entropy study", name)
     user = parse_sweep(overrides)
-    options = _options(base, user)
+    options = study_options(base, user, _OPTIONS, _plots)
     user = {path: assignment for path, assignment in user.items() if path[0] not in _OPTIONS}
     specs: dict[str, EntropySpec] = {}
     runs: dict[str, RunSpec] = {}
@@ -113,24 +113,10 @@ def describe(settings: Settings) -> str:
     )
 
 
-def _options(base: EntropyExperiment, user: Sweep) -> EntropyExperiment:
-    fields = base.model_dump()
-    for name in _OPTIONS:
-        if assignment := user.get((name,)):
-            values = assignment.values
-            fields[name] = values if len(values) > 1 or (name == "plots" and isinstance(values[0], str)) else values[0]
-    try:
-        options = EntropyExperiment.model_validate(fields)
-    except ValidationError as error:
-        raise explain(
-            error, EntropyExperiment, lambda _: "Correct the override or the study in the settings.", "study"
-        ) from None
-    if options.plots:
-        from lambda_hat.entropy.plots import PLOTS
+def _plots() -> list[str]:
+    from lambda_hat.entropy.plots import PLOTS
 
-        for plot in options.plots:
-            lookup(PLOTS, "plot", plot)
-    return options
+    return list(PLOTS)
 
 
 def _over(sweep: Sweep, user: Sweep) -> Sweep:

