@@ -1,17 +1,18 @@
 """Ways to the attribution matrix of an update: `python benchmarks/entropy_speed.py`.
 
-A decoder trains on N_U sequences and is evaluated on N_E; M[e, i] is the part of evaluation sequence e in the first-order
-change of the entropy along training sequence i's part v_i of an AdamW step. All ways start from the same sequences and update,
-compute v_i themselves, and must agree.
+A decoder trains on N_U sequences, by default as many as an update of RL has, and is evaluated on N_E; M[e, i] is the part of
+evaluation sequence e in the first-order change of the entropy along training sequence i's part v_i of an AdamW step. All ways
+start from the same sequences and update, compute v_i themselves, and must agree.
 
 gradients: `attribution_matrix`, one gradient of each sequence and their products.
 jvp: `orders` with all v_i in one vmapped forward-mode pass.
-jvp, one by one: `orders` for one v_i after the other.
 snis, one by one: a forward pass under theta + eta v_i for one v_i after the other, which gives the change at eta alone. Its
   standard error over the evaluation sequences is compared with the first order's: the ratio's square is how many times as many
   sequences it takes for the same precision, and the time at the same precision is that many times its own.
 
-Times are of programs compiled before, the best of the rounds, the ways alternately.
+Times are of programs compiled before, the best of the rounds, the ways alternately. Share of peak: the floating-point
+operations of the gradients (6 a parameter and token) and of their products over the time and over the best rate of a large
+float32 matrix product next to it, on all cores.
 """
 
 from __future__ import annotations
@@ -24,14 +25,17 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from speed import peak_flops
 
 from lambda_hat.entropy.adamw import AdamW, adam_state, aggregate_gradient, precondition, sequence_gradients, take_apart
 from lambda_hat.entropy.attribution import Training, attribution_matrix
 from lambda_hat.entropy.estimators import baselines, evaluate, orders
 from lambda_hat.entropy.importance import snis
-from lambda_hat.entropy.sequences import Batch, all_token_stats, group_advantages, loss_weights
+from lambda_hat.entropy.sequences import Batch, all_token_stats
 from lambda_hat.policies.decoder import DecoderSpec, decoder
 from lambda_hat.policies.generate import generate
+from lambda_hat.policies.objective import group_advantages, sequence_weights
+from lambda_hat.policies.spec import RlSpec
 from lambda_hat.runtime import configure
 from lambda_hat.settings import Runtime
 
@@ -64,9 +68,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--length", type=int, default=10, help="the most tokens of a completion")
-    parser.add_argument("--training", type=int, default=64, help="N_U")
+    parser.add_argument("--training", type=int, default=RlSpec().num_prompts * RlSpec().num_completions, help="N_U")
     parser.add_argument("--evaluation", type=int, default=256, help="N_E")
-    parser.add_argument("--chunk", type=int, default=64, help="directions held together")
+    parser.add_argument("--chunk", type=int, default=256, help="directions held together, of jvp a quarter")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     configure(Runtime(platform=arguments.platform))
@@ -79,7 +83,7 @@ def main() -> None:
     train = draw(network, params, 1, arguments.training // GROUP, GROUP, arguments.length)
     evaluation = draw(network, params, 2, arguments.evaluation, 1, arguments.length)
     rewards = np.random.default_rng(3).integers(0, 2, (arguments.training // GROUP, GROUP))
-    weights = loss_weights(group_advantages(rewards).advantages_BG.ravel(), train.mask_BT.sum(1), GROUP)
+    weights = sequence_weights(group_advantages(rewards), train.mask_BT.sum(1).reshape(-1, GROUP)).ravel()
     gradient = aggregate_gradient(apply, params, train, weights)
     optimizer = optax.adamw(ETA)
     state = optimizer.update(gradient, optimizer.init(params), params)[1]
@@ -107,15 +111,13 @@ def main() -> None:
     times, results = best(
         {
             "gradients": lambda: attribution_matrix(apply, params, training, evaluation, controls, grad_chunk=chunk).T,
-            "jvp": lambda: by_jvp(slice(None), chunk),
-            "jvp, one by one": lambda: np.concatenate([by_jvp(row, 1) for row in rows]),
+            "jvp": lambda: by_jvp(slice(None), max(1, chunk // 4)),
             "snis, one by one": by_snis,
         },
         arguments.rounds,
     )
     matrix = results["gradients"]
-    for name in ("jvp", "jvp, one by one"):
-        np.testing.assert_allclose(results[name], matrix, rtol=0, atol=1e-3 * np.abs(matrix).max())
+    np.testing.assert_allclose(results["jvp"], matrix, rtol=0, atol=1e-3 * np.abs(matrix).max())
     base = evaluate(apply, params, part(rows[0]), np.zeros(1), evaluation, direction_chunk=1)
     changes = snis(base, results["snis, one by one"])
     moving = np.flatnonzero(weights)  # a part that is 0 is known exactly
@@ -127,8 +129,11 @@ def main() -> None:
     print(
         f"{size} parameters, N_U = {arguments.training}, N_E = {arguments.evaluation}, sequences of {train.tokens_BT.shape[1]} "
         f"tokens; largest difference from jvp {apart:.1e} of the largest entry; snis needs {more:.1f} times as many sequences "
-        f"at eta = {ETA:g} for the same standard error.\n"
+        f"at eta = {ETA:g} for the same standard error."
     )
+    sequences = arguments.training + arguments.evaluation
+    flops = size * (6 * train.tokens_BT.shape[1] * sequences + 2 * arguments.training * arguments.evaluation)
+    print(f"gradients: {flops / 1e9:.1f} Gflop, {flops / times['gradients'] / peak_flops():.0%} of the peak.\n")
     print("| way | seconds | times gradients' |\n|---|---|---|")
     times["snis at the same precision"] = times["snis, one by one"] * more
     for name, seconds in times.items():

@@ -46,15 +46,22 @@ from lambda_hat.target import Params, Target
 MEMORY = 2**30
 #: Arrays of a direction's size, and of the logits', that are held at once: v_i, g_i, what is being added, and gradients.
 _COPIES = 4
-#: The most of either that is worth holding together.
-MAX_GRAD_CHUNK, MAX_SEQUENCE_CHUNK = 64, 256
 
 
 class ChunkSizes(NamedTuple):
-    """Training sequences, and sequences in a forward pass, that are held together; they change rounding alone."""
+    """What is held together; it changes rounding alone.
+
+    grad: training sequences whose gradients are. policies: training sequences whose policies are evaluated side by side.
+    sequences: of a forward pass, for each of the policies.
+    """
 
     grad: int
+    policies: int
     sequences: int
+
+
+#: The most that is worth holding together.
+MAX_CHUNKS = ChunkSizes(256, 64, 32)
 
 
 class Work(NamedTuple):
@@ -77,14 +84,18 @@ class Details(NamedTuple):
 
 
 def chunk_sizes(grad: int, sequences: int, params: Params, length: int, vocab_size: int) -> ChunkSizes:
-    """Those given, and where one is 0 what an eighth of the device's memory holds, at least 1."""
+    """Those given, and where one is 0 what an eighth of the device's memory holds, at least 1 and at most MAX_CHUNKS."""
     stats = jax.local_devices()[0].memory_stats()
     budget = stats["bytes_limit"] // 8 if stats and "bytes_limit" in stats else MEMORY
-    direction = _COPIES * sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params))
-    logits = _COPIES * length * vocab_size * jnp.dtype(jnp.float32).itemsize  # of a sequence under one policy
-    # Policies and sequences of a forward pass share the room: not all of it is the policies'.
-    grad = grad or max(1, min(MAX_GRAD_CHUNK, budget // direction, budget // (4 * logits)))
-    return ChunkSizes(grad, sequences or max(1, min(MAX_SEQUENCE_CHUNK, budget // (logits * grad))))
+    room = budget // (_COPIES * sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params)))  # in directions
+    of_one = _COPIES * length * vocab_size * jnp.dtype(jnp.float32).itemsize  # logits of a sequence under one policy
+    # Policies and sequences of a forward pass share the room for logits: not all of it is the policies'.
+    policies = grad or max(1, min(MAX_CHUNKS.policies, room, budget // (4 * of_one)))
+    return ChunkSizes(
+        grad or max(1, min(MAX_CHUNKS.grad, room)),
+        policies,
+        sequences or max(1, min(MAX_CHUNKS.sequences, room, budget // (of_one * policies))),
+    )
 
 
 def measure(
@@ -145,7 +156,7 @@ class _Measurement:
     def measured(self) -> tuple[Measured, Details]:
         stats = self._stats(self.update.drawn.batch)
         table = features(self.update.drawn, stats, self.task)
-        norms = gradient_norms(self.apply, self.params, self.training, self.chunks.grad)
+        norms = gradient_norms(self.apply, self.params, self.training, self.chunks.policies)
         table = self._named(table.assign(weight=self.training.weights, gradient_norm=norms), "update")
         evaluations, matrices, tokens, all_changes, influence, changes, summaries = [], [], [], [], [], [], []
         exact = self._exact()
@@ -208,8 +219,8 @@ class _Measurement:
     def _matrix(self, number: int, drawn: Drawn, controls: np.ndarray) -> np.ndarray:
         def compute(resume: Columns | None, save: Callable[[Columns], None]) -> dict[str, np.ndarray]:
             matrix = attribution_matrix(
-                self.apply, self.params, self.training, drawn.batch, controls, self.spec.integrand, *self.chunks,
-                progress=self._progress("attribution"), resume=resume, save=save,
+                self.apply, self.params, self.training, drawn.batch, controls, self.spec.integrand, self.chunks.grad,
+                self.chunks.sequences, progress=self._progress("attribution"), resume=resume, save=save,
             )  # fmt: skip
             return {"matrix": matrix}
 
@@ -218,7 +229,7 @@ class _Measurement:
     def _changes(self, number: int, drawn: Drawn, eta: float) -> Changes:
         def compute(resume: Columns | None, save: Callable[[Columns], None]) -> dict[str, np.ndarray]:
             changes = entropy_changes(
-                self.apply, self.params, self.training, drawn.batch, eta, self.spec.integrand, self.spec.clip, *self.chunks,
+                self.apply, self.params, self.training, drawn.batch, eta, self.spec.integrand, self.spec.clip, *self.chunks[1:],
                 progress=self._progress(f"eta {eta:g}"), resume=resume, save=save,
             )  # fmt: skip
             parts = {name: getattr(changes, name) for name in PARTS}
@@ -259,7 +270,7 @@ class _Measurement:
             "resample_attempts": self.update.attempts, "accuracy": self.update.accuracy,
             "clip": float(self.training.update.clip), "gradient_norm": float(self.training.update.gradient_norm),
             "covariance": float(np.cov(stats.logp_BT[mask].astype(np.float64), advantages)[0, 1]),
-            "grad_chunk_size": self.chunks.grad, "tf_batch_size": self.chunks.sequences,
+            "chunk_sizes": self.chunks._asdict(),
             "seconds": time.perf_counter() - self.began,
         }  # fmt: skip
 
