@@ -19,13 +19,13 @@ import numpy as np
 import pandas as pd
 
 from lambda_hat.batch_size.artifacts import load_study
-from lambda_hat.batch_size.commands import find_studies
 from lambda_hat.batch_size.fits import Slope, collapse, richness_slopes, width_transfer
 from lambda_hat.batch_size.noise_scale import gradient_noise_scale
 from lambda_hat.batch_size.plots.common import WINDOW
 from lambda_hat.batch_size.plots.scaling import trades
 from lambda_hat.batch_size.smoothing import smooth
 from lambda_hat.batch_size.study import Study
+from lambda_hat.gallery import find_studies
 from lambda_hat.run import RunSpec
 from lambda_hat.store import Store
 from lambda_hat.trials.spec import TrialSpec
@@ -51,7 +51,7 @@ def main() -> int:
             environment = os.environ | {"PREFECT_HOME": f"{folder}/prefect", "PREFECT_LOGGING_LEVEL": "ERROR"}
             command = [sys.executable, "flows/batch_size.py", "--experiment", name, "--store", store.uri]
             subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
-            [address] = find_studies(store, [name])
+            [address] = find_studies(store, "study", [name])
             study = _study(store, address)
             table = study.table
             print(f"\n## {name}: {len(table)} trials, {int(table['diverged_at_step'].notna().sum())} diverged, "

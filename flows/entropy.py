@@ -102,7 +102,7 @@ examples:
   python flows/entropy.py --list                                          studies, policies and fields of a measurement
   python flows/entropy.py target.checkpoint=0,75,150 update.num_prompts=16 'etas=1e-4,1e-3'
   python flows/entropy.py 'target.seed=range(0,3)' 'seed=range(0,8)'      three policies, eight updates at each checkpoint
-  python flows/entropy.py sampler=sgld sampler.batch_size=121             with the llc of the policy at each checkpoint
+  python flows/entropy.py sampler=sgld sampler.batch_size=32              with the llc of the policy at each checkpoint
 """
 
 
