@@ -20,7 +20,10 @@ from lambda_hat.entropy.adamw import (
     sequence_gradients,
     take_apart,
 )
+from lambda_hat.policies.decoder import DecoderSpec, decoder
+from lambda_hat.policies.lora import LoraSpec, init_adapters
 from lambda_hat.policies.objective import policy_loss
+from lambda_hat.policies.policy import Policy
 from lambda_hat.spec import InvalidInput
 
 BATCH = batch_of([1, 2, 3, 0], [1, 2, 0], [1, 3, 2, 2, 0], [1, 3, 1, 1, 1], [1, 1, 2, 0])
@@ -78,6 +81,29 @@ def test_equals_optax(x64, masked, max_norm):
             assert np.linalg.norm(flat(found.baseline) + each - full) < (1e-13 if x64 else 1e-6) * np.linalg.norm(full)
             params = jax.tree.map(lambda p, u: p + np.asarray(u), params, updates)
         assert int(adam_state(state).count) == 6
+
+
+def test_adapters_equal_optax():
+    """Of a decoder with adapters: the step is theirs alone, and of it are the parts."""
+    with jax.enable_x64(True):
+        lora, network = LoraSpec(rank=2, matrices=("*/query", "*/down")), decoder(DecoderSpec(width=8, num_layers=1), 4)
+        base = network.init((0,), np.float64)
+        # B is not 0, as after an update, so that A has gradients.
+        adapters = jax.tree.map(lambda leaf: leaf + 0.1, init_adapters(lora, base, (1,)))
+        apply = Policy(network, base, lora, adapters).apply
+        optimizer = optax.chain(optax.clip_by_global_norm(0.01), optax.adamw(ETA, 0.9, 0.99, 1e-6, weight_decay=0.1))
+        state = jax.jit(optimizer.init)(adapters)
+        for _ in range(2):
+            gradient = aggregate_gradient(apply, adapters, BATCH, WEIGHTS)
+            found = take_apart(AdamW(0.9, 0.99, 1e-6, 0.1, 0.01), adam_state(state), adapters, gradient)
+            updates, state = jax.jit(optimizer.update)(gradient, state, adapters)
+            assert jax.tree.structure(found.full) == jax.tree.structure(adapters)
+            assert worst(jax.tree.map(lambda v: ETA * np.asarray(v), found.full), updates) < 1e-12
+            assert float(found.clip) < 1
+            each = parts(apply, adapters, BATCH, WEIGHTS, found.preconditioner)
+            total = flat(found.baseline) + flat(jax.tree.map(lambda v: np.sum(v, axis=0), each))
+            assert np.linalg.norm(total - flat(found.full)) < 1e-13 * np.linalg.norm(flat(found.full))
+            adapters = jax.tree.map(lambda p, u: p + np.asarray(u), adapters, updates)
 
 
 def test_gradients_add_up_in_any_chunks():
