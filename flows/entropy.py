@@ -98,7 +98,7 @@ def _publish(study: EntropyPlan, store: Store, fine: list[EntropySpec], result: 
 
 EXAMPLES = """\
 examples:
-  python flows/entropy.py                                                 the default study, a few minutes
+  python flows/entropy.py                                                 the default study, a minute or two
   python flows/entropy.py --list                                          studies, policies and fields of a measurement
   python flows/entropy.py target.checkpoint=0,75,150 update.num_prompts=16 'etas=1e-4,1e-3'
   python flows/entropy.py 'target.seed=range(0,3)' 'seed=range(0,8)'      three policies, eight updates at each checkpoint
