@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -12,12 +13,12 @@ from typing import Any
 from prefect import flow
 from prefect.logging import get_run_logger
 
-from flows.orchestration import Command, RunsFailed, command_line, parser, publish_to_ui
-from flows.runs import compute, run_each
+from flows.orchestration import Command, RunsFailed, command_line, parser
+from flows.runs import compute, publish_study, run_each
 from flows.tasks import Place, measure, open_place, train
 from lambda_hat.batch_size import artifacts
 from lambda_hat.batch_size.plan import StudyPlan, describe, make_study
-from lambda_hat.batch_size.summary import failures, label, outcome, places, preview, summary, text
+from lambda_hat.batch_size.summary import failures, label, outcome, preview, summary, text
 from lambda_hat.runtime import configure
 from lambda_hat.settings import Runtime, Settings
 from lambda_hat.store import Store
@@ -80,19 +81,12 @@ def _examine(
 
 def _publish(study: StudyPlan, settings: Settings, store: Store, ids: list[str], result: dict[str, Any]) -> dict[str, Any]:
     """The finished trials as one study, in the store and in the UI; returns the result with it or raises RunsFailed."""
-    heading, plots = f"{study.name}: {len(ids)} of {len(study.trials)} trials finished", {}
     if ids:
         runs = [run for run in study.runs(settings, study.trials) if run.run_id in result["run_ids"]]
         result |= summary(artifacts.load_study(store, ids, runs))
-        try:
-            manifest = artifacts.publish_study(study.name, ids, store, study.options.plots, runs)
-            result |= places(manifest, store)
-            plots = {name: store.read(manifest.address, name) for name in result["files"] if name.endswith(".png")}
-        except Exception as error:  # a plot that fails: there is a table all the same
-            result["errors"].append(f"no plots: {error}")
-            heading += f"; no plots: {error}"
-            get_run_logger().error(heading)
-        publish_to_ui("batch-size-results", result["best"], plots, heading, result.get("files", {}).get("report.html", ""))
+        publish = functools.partial(artifacts.publish_study, study.name, ids, store, study.options.plots, runs)
+        heading = f"{study.name}: {len(ids)} of {len(study.trials)} trials finished"
+        publish_study("batch-size-results", result["best"], heading, publish, store, result)
     if result["num_failed"] or result["runs_failed"]:
         raise RunsFailed(failures(result), result)
     return result

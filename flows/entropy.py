@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,13 +11,13 @@ from typing import Any
 from prefect import flow
 from prefect.logging import get_run_logger
 
-from flows.orchestration import Command, RunsFailed, command_line, parser, publish_to_ui
-from flows.runs import compute, run_each
+from flows.orchestration import Command, RunsFailed, command_line, parser
+from flows.runs import compute, publish_study, run_each
 from flows.tasks import Place, measure_update, open_place, train_policy
 from lambda_hat.entropy import artifacts
 from lambda_hat.entropy.plan import EntropyPlan, describe, make_entropy_plan
 from lambda_hat.entropy.spec import EntropySpec
-from lambda_hat.entropy.summary import failures, label, outcome, places, preview, table, text
+from lambda_hat.entropy.summary import failures, label, outcome, preview, table, text
 from lambda_hat.manifest import entropy_address, target_address
 from lambda_hat.runtime import configure
 from lambda_hat.settings import Runtime
@@ -78,19 +79,12 @@ def _measure(study: EntropyPlan, store: Store, place: Place, runtime: Runtime) -
 
 def _publish(study: EntropyPlan, store: Store, fine: list[EntropySpec], result: dict[str, Any]) -> dict[str, Any]:
     """The finished measurements as one study, in the store and in the UI; returns the result with it or raises RunsFailed."""
-    heading, plots = f"{study.name}: {len(fine)} of {len(study.specs)} updates measured", {}
     if fine:
         result["measurements"] = table(store, fine)
-        try:
-            ids = [spec.entropy_id for spec in fine]
-            manifest = artifacts.publish_study(study.name, ids, store, study.options.plots, result["run_ids"])
-            result |= places(manifest, store)
-            plots = {name: store.read(manifest.address, name) for name in result["files"] if name.endswith(".png")}
-        except Exception as error:  # a plot that fails: there is a table all the same
-            result["errors"].append(f"no plots: {error}")
-            heading += f"; no plots: {error}"
-            get_run_logger().error(heading)
-        publish_to_ui("entropy-results", result["measurements"], plots, heading, result.get("files", {}).get("report.html", ""))
+        ids = [spec.entropy_id for spec in fine]
+        publish = functools.partial(artifacts.publish_study, study.name, ids, store, study.options.plots, result["run_ids"])
+        heading = f"{study.name}: {len(fine)} of {len(study.specs)} updates measured"
+        publish_study("entropy-results", result["measurements"], heading, publish, store, result)
     if result["num_failed"] or result["runs_failed"]:
         raise RunsFailed(failures(result), result)
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from prefect.futures import PrefectFuture, as_completed
@@ -9,7 +10,7 @@ from prefect.logging import get_run_logger
 from prefect.states import State
 
 from flows.engines import engine, final_state, submit_ahead
-from flows.orchestration import found, reason, steps
+from flows.orchestration import found, publish_to_ui, reason, steps
 from flows.tasks import Place, build_target, diagnose, sample
 from lambda_hat import artifacts, report
 from lambda_hat.manifest import Address, Manifest, target_address
@@ -100,3 +101,20 @@ def run_each(task: Any, calls: list[tuple[Any, ...]], runtime: Runtime) -> list[
                 errors.append(f"{task.name} {futures[future]}: {reason(state)}")
                 log.error(errors[-1])
     return errors
+
+
+def publish_study(
+    key: str, rows: list[dict[str, str]], heading: str, publish: Callable[[], Manifest], store: Store, result: dict[str, Any]
+) -> None:
+    """Publishes a study in the store and in the UI; adds its id and its files, or why it has no plots, to the result."""
+    plots: dict[str, bytes] = {}
+    try:
+        manifest = publish()
+        files = {file.name: store.url(manifest.address, file.name) for file in manifest.files}
+        result |= {"study_id": manifest.id, "files": files}
+        plots = {name: store.read(manifest.address, name) for name in files if name.endswith(".png")}
+    except Exception as error:  # a plot that fails: there is a table all the same
+        result["errors"].append(f"no plots: {error}")
+        heading += f"; no plots: {error}"
+        get_run_logger().error(heading)
+    publish_to_ui(key, rows, plots, heading, result.get("files", {}).get("report.html", ""))

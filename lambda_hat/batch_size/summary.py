@@ -8,7 +8,6 @@ from typing import Any
 from lambda_hat.batch_size.artifacts import batches, trained
 from lambda_hat.batch_size.plan import StudyPlan
 from lambda_hat.batch_size.study import Study, swept
-from lambda_hat.manifest import Manifest, study_address
 from lambda_hat.report import aligned
 from lambda_hat.store import Store
 from lambda_hat.trials.spec import TrialSpec
@@ -69,12 +68,6 @@ def summary(study: Study) -> dict[str, Any]:
     ]
     rows = [{name: _text(value) for name, value in row.items()} for row in best.to_dict("records")]
     return {"num_diverged": int(table["diverged_at_step"].notna().sum()), "best": rows}
-
-
-def places(manifest: Manifest, store: Store) -> dict[str, Any]:
-    """The id of a published study and where its files are."""
-    address = study_address(manifest.id)
-    return {"study_id": manifest.id, "files": {file.name: store.url(address, file.name) for file in manifest.files}}
 
 
 def failures(result: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lambda_hat.entropy.plan import EntropyPlan
 from lambda_hat.entropy.spec import EntropySpec
-from lambda_hat.manifest import Manifest, entropy_address, entropy_study_address, target_address
+from lambda_hat.manifest import entropy_address, target_address
 from lambda_hat.report import aligned
 from lambda_hat.store import Store
 from lambda_hat.text import with_error
@@ -75,12 +75,6 @@ def table(store: Store, specs: Sequence[EntropySpec]) -> list[dict[str, str]]:
             "flat groups": f"{found['shortfall']} of {found['groups_asked']}",
         })  # fmt: skip
     return rows
-
-
-def places(manifest: Manifest, store: Store) -> dict[str, Any]:
-    """The id of a published study and where its files are."""
-    address = entropy_study_address(manifest.id)
-    return {"study_id": manifest.id, "files": {file.name: store.url(address, file.name) for file in manifest.files}}
 
 
 def failures(result: Mapping[str, Any]) -> str:
