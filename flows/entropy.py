@@ -56,7 +56,8 @@ def entropy(
 def _train(study: EntropyPlan, store: Store, place: Place, runtime: Runtime) -> list[str]:
     """Trains the policies that are not in the store; what failed, and why."""
     policies = {spec.target.target_id: spec for spec in study.specs}
-    missing = [spec for target_id, spec in policies.items() if not store.exists(target_address(target_id))]
+    there = {manifest.id for manifest in store.manifests(map(target_address, policies))}
+    missing = [spec for target_id, spec in policies.items() if target_id not in there]
     get_run_logger().info("%d of %d policies are in the store", len(policies) - len(missing), len(policies))
     calls = [
         (spec.target.target_id, f"{spec.target.task.kind}, seed {spec.target.seed}", spec.target.model_dump(mode="json"), place)
@@ -67,10 +68,10 @@ def _train(study: EntropyPlan, store: Store, place: Place, runtime: Runtime) -> 
 
 def _measure(study: EntropyPlan, store: Store, place: Place, runtime: Runtime) -> list[str]:
     """Measures what is not in the store, of the policies that are; what failed, and why."""
-    missing = [
-        spec for spec in study.specs
-        if store.exists(target_address(spec.target.target_id)) and not store.exists(entropy_address(spec.entropy_id))
-    ]  # fmt: skip
+    policies = dict.fromkeys(target_address(spec.target.target_id) for spec in study.specs)
+    updates = (entropy_address(spec.entropy_id) for spec in study.specs)
+    there = {manifest.id for manifest in store.manifests([*policies, *updates])}
+    missing = [spec for spec in study.specs if spec.target.target_id in there and spec.entropy_id not in there]
     get_run_logger().info("%d of %d updates are to be measured", len(missing), len(study.specs))
     chunks = study.options.grad_chunk_size, study.options.tf_batch_size
     calls = [(spec.entropy_id, label(spec), spec.model_dump(mode="json"), chunks, place) for spec in missing]

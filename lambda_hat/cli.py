@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
 import os
@@ -287,10 +286,7 @@ def _results(store: Store, options: argparse.Namespace) -> int:
     if options.output is None:
         print(text)
         return 0
-    if options.format == "parquet":
-        buffer = io.BytesIO()
-        frame.to_parquet(buffer)
-    _write(options.output, buffer.getvalue() if options.format == "parquet" else f"{text}\n".encode())
+    _write(options.output, frame.to_parquet() if options.format == "parquet" else f"{text}\n".encode())
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -96,9 +95,7 @@ def find_studies(store: Store, kind: Literal["study", "entropy_study"], texts: S
 def rendered(frame: pd.DataFrame, form: str) -> str | bytes:
     """A table as csv, json or parquet, whole, or as a table for people."""
     if form == "parquet":
-        buffer = io.BytesIO()
-        frame.to_parquet(buffer)
-        return buffer.getvalue()
+        return frame.to_parquet()
     if form == "csv":
         return frame.to_csv(index=False)
     if form == "json":

@@ -349,13 +349,7 @@ def _set(fields: dict[str, Any], path: KeyPath, value: Value) -> None:
 def _with_defaults(cls: type[BaseModel], fields: dict[str, Any]) -> dict[str, Any]:
     """The fields, with what a component leaves out taken from the family's default rather than from the component's class."""
     defaults = {name: field.default for name, field in cls.model_fields.items() if isinstance(field.default, Spec)}
-    dumped = {name: default.model_dump(mode="json") for name, default in defaults.items()}
-    other_kind = {name for name, default in dumped.items() if _kind(fields.get(name)) not in (None, default.get("kind"))}
-    return _merge({name: default for name, default in dumped.items() if name not in other_kind}, fields)
-
-
-def _kind(component: Any) -> Any:
-    return component.get("kind") if isinstance(component, dict) else None
+    return _merge({name: default.model_dump(mode="json") for name, default in defaults.items()}, fields)
 
 
 def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -363,6 +357,7 @@ def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         name: _merge(under[name], over[name])
         for name in under.keys() & over.keys()
         if isinstance(under[name], dict) and isinstance(over[name], dict)
+        if over[name].get("kind", under[name].get("kind")) == under[name].get("kind")  # another kind has other fields
     }
     return under | over | nested
 

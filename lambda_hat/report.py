@@ -92,6 +92,18 @@ def plot_places(specs: Sequence[RunSpec], store: Store) -> str:
 _RIGHT = {"llc", "exact", "ESS", "R-hat", "FGE", "seconds"}
 
 
+def what_failed(counts: Mapping[str, int]) -> str:
+    """What failed of a study, in a sentence: how many of what."""
+    failed = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
+    return f"{failed} failed; the others are finished and kept, and the same command tries again what failed."
+
+
+def files_of(files: Mapping[str, str]) -> list[str]:
+    """Lines that say where a study's report, table and plots are."""
+    plots = [f"  {url}" for name, url in files.items() if name.endswith(".png")]
+    return [f"report: {files['report.html']}", f"table: {files['results.csv']}", "plots:", *plots]
+
+
 def aligned(cells: Sequence[Mapping[str, str]], right: Collection[str] = _RIGHT) -> str:
     """Columns of text, those named `right` to the right."""
     names = list(cells[0]) if cells else []

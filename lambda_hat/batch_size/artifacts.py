@@ -6,7 +6,6 @@ Every step computes only what the store does not hold, so calling it again, in a
 from __future__ import annotations
 
 import functools
-import io
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -224,18 +223,16 @@ def publish_study(
     address = study_address(content_id("sty", content))
     if (manifest := store.manifest(address)) is not None:
         return manifest
-    from lambda_hat.batch_size.plots import PLOTS, draw_plots
+    from lambda_hat.batch_size.plots import draw_plots
     from lambda_hat.batch_size.report import study_report
 
     study = load_study(store, trial_ids, runs)
     places = trained(store)
-    drawn = draw_plots(study, list(plots) or list(PLOTS))
+    drawn = draw_plots(study, plots)
     made_at = max(m.created_at for m in store.manifests({places[trial_id] for trial_id in trial_ids}))
     files = {f"{plot}.png": png for plot, png in drawn.items()}
     files["results.csv"] = study.table.to_csv(index=False).encode()
-    parquet = io.BytesIO()
-    study.table.to_parquet(parquet)
-    files["results.parquet"] = parquet.getvalue()
+    files["results.parquet"] = study.table.to_parquet()
     files["curves.npz"] = pack_arrays(
         flatten({trial_id: {"steps": x, "losses": y} for trial_id, (x, y) in study.curves.items()})
     )

@@ -8,7 +8,7 @@ from typing import Any
 from lambda_hat.batch_size.artifacts import batches, trained
 from lambda_hat.batch_size.plan import StudyPlan
 from lambda_hat.batch_size.study import Study, swept
-from lambda_hat.report import aligned
+from lambda_hat.report import aligned, files_of, what_failed
 from lambda_hat.store import Store
 from lambda_hat.trials.spec import TrialSpec
 
@@ -72,12 +72,12 @@ def summary(study: Study) -> dict[str, Any]:
 
 def failures(result: Mapping[str, Any]) -> str:
     """What failed, in a sentence."""
-    counts = {
-        f"of {result['num_trials']} trials": result["num_failed"],
-        "measurements of trained networks": result["runs_failed"],
-    }
-    failed = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
-    return f"{failed} failed; the others are finished and kept, and the same command tries again what failed."
+    return what_failed(
+        {
+            f"of {result['num_trials']} trials": result["num_failed"],
+            "measurements of trained networks": result["runs_failed"],
+        }
+    )
 
 
 def text(result: Mapping[str, Any]) -> str:
@@ -89,8 +89,7 @@ def text(result: Mapping[str, Any]) -> str:
         counts = f"{result['num_trials'] - result['num_failed']} trials, {result['num_diverged']} diverged"
         lines += [f"{result.get('study_id', result['name'])}: {counts}; the best of them above"]
     if files := result.get("files"):
-        plots = [f"  {url}" for name, url in files.items() if name.endswith(".png")]
-        lines += [f"report: {files['report.html']}", f"table: {files['results.csv']}", "plots:", *plots]
+        lines += files_of(files)
     return "\n".join(lines)
 
 

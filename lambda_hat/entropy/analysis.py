@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from lambda_hat.entropy.estimators import standard_error
 from lambda_hat.entropy.study import EntropyStudy, Measured
 
 #: Points of a fit of two unknowns that leave something to say how well it fits.
@@ -46,8 +47,7 @@ def exchange_fit(entropy: np.ndarray, accuracy: np.ndarray) -> Exchange | None:
     if len(np.unique(entropy[known])) < MIN_POINTS:
         return None
     x, y = np.exp(entropy[known]), accuracy[known]
-    slope = np.sum((x - x.mean()) * (y - y.mean())) / np.sum(np.square(x - x.mean()))
-    intercept = y.mean() - slope * x.mean()
+    slope, intercept = np.polyfit(x, y, 1)
     return Exchange(-float(slope), float(intercept), r_squared(y, slope * x + intercept), int(known.sum()))
 
 
@@ -62,10 +62,7 @@ def r_squared(values: np.ndarray, predicted: np.ndarray) -> float:
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
     """Spearman's; not a number where either is constant."""
-    x, y = (pd.Series(np.asarray(values, np.float64)).rank().to_numpy() for values in (x, y))
-    x, y = x - np.mean(x), y - np.mean(y)
-    spread = np.sqrt(np.sum(np.square(x)) * np.sum(np.square(y)))
-    return float(np.sum(x * y) / spread) if spread > 0 else np.nan
+    return float(pd.DataFrame({"x": x, "y": y}, dtype=np.float64).corr("spearman").to_numpy()[0, 1])
 
 
 def outliers(values: np.ndarray) -> np.ndarray:
@@ -93,7 +90,7 @@ def rates(measured: Measured) -> Rates:
         mean("baseline_first"),
         error([found.get("baseline_first_error", np.nan) for found in evaluations]),
         mean("grad_first"),
-        error([_sum_error(row) for row in rows]),
+        error([standard_error(row, axis=0) for row in rows]),
     )
 
 
@@ -111,7 +108,7 @@ def influences(measured: Measured) -> pd.DataFrame:
     standard error `influence_error`, both over all evaluation batches; `share`, |influence| over the sum of all; and `correct`,
     reward > 0, `quartile`, 1 to 4 by max_surprisal, and `outlier`, of the influence beyond Tukey's fences."""
     sums = np.mean([matrix.sum(axis=0) for matrix in measured.matrices], axis=0)
-    errors = np.array([_sum_error(matrix) for matrix in measured.matrices])
+    errors = np.array([standard_error(matrix, axis=0) for matrix in measured.matrices])
     update = measured.update
     return update.assign(
         influence=sums,
@@ -146,8 +143,3 @@ def quartile_table(sequences: pd.DataFrame) -> pd.DataFrame:
         "share": by["share"].sum() / measurements,
         "outliers": by["outlier"].sum(),
     })  # fmt: skip
-
-
-def _sum_error(contributions: np.ndarray) -> np.ndarray:
-    """Standard error of sums over the first axis of independent contributions."""
-    return np.sqrt(len(contributions)) * np.std(contributions, axis=0, ddof=1)

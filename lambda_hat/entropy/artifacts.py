@@ -25,6 +25,7 @@ from lambda_hat.manifest import (
     diagnosis_address,
     entropy_address,
     entropy_study_address,
+    target_address,
 )
 from lambda_hat.spec import content_id
 from lambda_hat.store import Store
@@ -84,28 +85,25 @@ def _unpack_work(data: bytes) -> Any:
 
 def _files(measured: Measured, details: Any) -> dict[str, bytes]:
     """Tables as Parquet, arrays of tokens as .npz, matrices as .npy."""
-    from lambda_hat.entropy.measure import PARTS
-
     files = {
-        "update.parquet": _parquet(measured.update), "update.npz": pack_arrays(details.update),
-        "influence.parquet": _parquet(measured.influence), "changes.parquet": _parquet(measured.changes),
+        "update.parquet": measured.update.to_parquet(), "update.npz": pack_arrays(details.update),
+        "influence.parquet": measured.influence.to_parquet(), "changes.parquet": measured.changes.to_parquet(),
     }  # fmt: skip
     for number, (table, matrix) in enumerate(zip(measured.evaluations, measured.matrices, strict=True)):
         name = f"eval_{number:02}"
-        files[f"{name}.parquet"] = _parquet(table)
+        files[f"{name}.parquet"] = table.to_parquet()
         files[f"{name}.npz"] = pack_arrays(details.evaluations[number])
         files[f"{name}_delta_matrix.npy"] = _npy(matrix)
         for change in details.changes[number]:
             eta = f"eta_{change.eta:g}"
-            parts = {part: getattr(change, part) for part in PARTS}
-            for part, snis in parts.items():
+            for part, snis in change.parts.items():
                 files[f"{name}_per_sequence/{part}/{eta}.npy"] = _npy(snis.contributions_KN)
             files[f"{name}_grad_eta/{eta}.npy"] = _npy(change.grad.change)
             files[f"{name}_grad_eta/{eta}.json"] = json.dumps({
                 part: {"eta": change.eta} | {
                     field: values.tolist() for field, values in snis._asdict().items() if field != "contributions_KN"
                 }
-                for part, snis in parts.items()
+                for part, snis in change.parts.items()
             }).encode()  # fmt: skip
     return files
 
@@ -162,9 +160,11 @@ def load_study(store: Store, name: str, entropy_ids: Sequence[str], run_ids: Seq
     for one in measured:
         target_id = one.spec.target.target_id
         if target_id not in policies:
-            target = artifacts.load_target(store, target_id)
+            history = unpack_arrays(store.read(target_address(target_id), "history.npz"))
+            manifest = store.manifest(target_address(target_id))
+            assert manifest is not None  # it was just read
             spec = one.spec.target.model_copy(update={"checkpoint": None})
-            policies[target_id] = PolicyTraining(target_id, spec, target.metrics, target.history)
+            policies[target_id] = PolicyTraining(target_id, spec, manifest.summary, history)
     return EntropyStudy(name, measured, policies, _llcs(store, run_ids))
 
 
@@ -186,16 +186,16 @@ def publish_study(
         return manifest
     import pandas as pd
 
-    from lambda_hat.entropy.plots import PLOTS, draw_plots
+    from lambda_hat.entropy.plots import draw_plots
     from lambda_hat.entropy.report import entropy_report
 
     study = load_study(store, name, entropy_ids, run_ids)
-    drawn = draw_plots(study, list(plots) or list(PLOTS))
+    drawn = draw_plots(study, plots)
     made_at = max(m.created_at for m in store.manifests(map(entropy_address, entropy_ids)))
     table = influence_table(study)
     changes = pd.concat([_named(one) for one in study.measured], ignore_index=True)
     files = {f"{plot}.png": png for plot, png in drawn.items()}
-    files |= {"results.csv": table.to_csv(index=False).encode(), "results.parquet": _parquet(table)}
+    files |= {"results.csv": table.to_csv(index=False).encode(), "results.parquet": table.to_parquet()}
     files["changes.csv"] = changes.to_csv(index=False).encode()
     files["report.html"] = entropy_report(address.id, name, study, drawn, made_at[:16].replace("T", " ")).encode()
     spec = {
@@ -227,12 +227,6 @@ def _llcs(store: Store, run_ids: Sequence[str]) -> pd.DataFrame | None:
         row |= {name: found[name] for name in ("llc", "mcse", "verdict")}
         rows.setdefault((manifest.target_id, checkpoint), row)
     return pd.DataFrame(list(rows.values())) if rows else None
-
-
-def _parquet(table: pd.DataFrame) -> bytes:
-    buffer = io.BytesIO()
-    table.to_parquet(buffer)
-    return buffer.getvalue()
 
 
 def _npy(array: np.ndarray) -> bytes:

@@ -63,9 +63,18 @@ class Changes(NamedTuple):
     baseline_plus_grad: Snis
 
     @property
+    def parts(self) -> dict[str, Snis]:
+        """The estimates by name."""
+        return {name: getattr(self, name) for name in PARTS}
+
+    @property
     def residual(self) -> float:
         """full - (baseline + sum_i grad_i): what the parts do together and not each by itself."""
         return float(self.full.change[0] - self.baseline.change[0] - np.sum(self.grad.change))
+
+
+#: The fields of `Changes` that are estimates.
+PARTS = Changes._fields[1:]
 
 
 class Linearity(NamedTuple):

@@ -151,7 +151,7 @@ def _draw(
     keys, parts = jax.random.split(key, len(places)), []
     for start in range(0, len(places), GENERATED_TOGETHER):
         part = slice(start, start + GENERATED_TOGETHER)
-        given = keys[part], tokens_NP[part], lengths[part], task.max_length
+        given = keys[part], tokens_NP[part], lengths[part], answers.shape[1]
         parts.append(generate(policy.decoder, policy.full, *given, end_token=task.end_token))
     tokens, mask, completions = (
         np.concatenate([np.asarray(getattr(part, name)) for part in parts]) for name in ("tokens", "mask", "completions")

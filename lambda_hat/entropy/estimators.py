@@ -53,11 +53,11 @@ class Orders(NamedTuple):
 
     @property
     def first_error(self) -> np.ndarray:
-        return _standard_error(self.first_KN)
+        return standard_error(self.first_KN, axis=1)
 
     @property
     def second_error(self) -> np.ndarray:
-        return _standard_error(self._second)
+        return standard_error(self._second, axis=1)
 
     @property
     def _second(self) -> np.ndarray:
@@ -79,9 +79,9 @@ class Orders(NamedTuple):
             return 2 * share * np.abs(self.first) / np.abs(self.second)
 
 
-def _standard_error(contributions_KN: np.ndarray) -> np.ndarray:
-    """Of the sum over N independent contributions."""
-    return np.sqrt(contributions_KN.shape[1]) * np.std(contributions_KN, axis=1, ddof=1)
+def standard_error(contributions: np.ndarray, axis: int) -> np.ndarray:
+    """Of sums over an axis of independent contributions."""
+    return np.sqrt(contributions.shape[axis]) * np.std(contributions, axis=axis, ddof=1)
 
 
 def token_terms(stats: TokenStats, mask_BT: Any, integrand: Integrand) -> Any:

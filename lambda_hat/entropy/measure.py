@@ -21,6 +21,7 @@ from jax.tree_util import Partial
 from lambda_hat.chunks import Pace, Progress, no_progress
 from lambda_hat.entropy.adamw import AdamW, aggregate_gradient, take_apart
 from lambda_hat.entropy.attribution import (
+    PARTS,
     Changes,
     Columns,
     Training,
@@ -30,7 +31,7 @@ from lambda_hat.entropy.attribution import (
     linearity,
 )
 from lambda_hat.entropy.batches import Drawn, draw_evaluation, draw_update, features, prompts_of, token_arrays
-from lambda_hat.entropy.estimators import Orders, baselines, orders, token_terms
+from lambda_hat.entropy.estimators import Orders, baselines, orders, standard_error, token_terms
 from lambda_hat.entropy.exact import enumerate_completions, exact_entropy
 from lambda_hat.entropy.importance import Snis
 from lambda_hat.entropy.sequences import Batch, TokenStats, all_token_stats, moved
@@ -175,7 +176,7 @@ class _Measurement:
             changes += [_change(number, change, first, exact.get(change.eta)) for change in found]
             summaries.append(_summary(self._mean(drawn, own), matrix, first, found, exact.get(0.0)))
         measured = Measured(
-            self.spec.entropy_id, self.spec, self._head() | {"evaluations": summaries}, table, evaluations, matrices,
+            self.spec.entropy_id, self.spec, self._head(stats) | {"evaluations": summaries}, table, evaluations, matrices,
             pd.concat(influence, ignore_index=True), pd.DataFrame(changes),
         )  # fmt: skip
         return measured, Details(token_arrays(self.update.drawn, stats), tokens, all_changes)
@@ -232,8 +233,7 @@ class _Measurement:
                 self.apply, self.params, self.training, drawn.batch, eta, self.spec.integrand, self.spec.clip, *self.chunks[1:],
                 progress=self._progress(f"eta {eta:g}"), resume=resume, save=save,
             )  # fmt: skip
-            parts = {name: getattr(changes, name) for name in PARTS}
-            return {f"{name}.{field}": array for name, snis in parts.items() for field, array in snis._asdict().items()}
+            return {f"{name}.{field}": array for name, snis in changes.parts.items() for field, array in snis._asdict().items()}
 
         arrays = self._step(f"{number}/eta_{eta!r}", compute)
         return Changes(eta, *(Snis(*(arrays[f"{name}.{field}"] for field in Snis._fields)) for name in PARTS))
@@ -258,9 +258,8 @@ class _Measurement:
         entropies = {eta: exact_entropy(self.apply, params, enumeration) for eta, params in there.items()}
         return {eta: value - (entropies[0.0] if eta else 0) for eta, value in entropies.items()}
 
-    def _head(self) -> dict[str, Any]:
-        drawn, stats = self.update.drawn, self._stats(self.update.drawn.batch)
-        mask = drawn.batch.mask_BT
+    def _head(self, stats: TokenStats) -> dict[str, Any]:
+        drawn, mask = self.update.drawn, self.update.drawn.batch.mask_BT
         advantages = np.broadcast_to(drawn.advantages[:, None], mask.shape)[mask]
         return {
             "target_id": self.spec.target.target_id, "checkpoint": self.spec.target.checkpoint,
@@ -273,10 +272,6 @@ class _Measurement:
             "chunk_sizes": self.chunks._asdict(),
             "seconds": time.perf_counter() - self.began,
         }  # fmt: skip
-
-
-#: The parts of `Changes` that are estimates, in their order.
-PARTS = ("full", "baseline", "grad", "baseline_plus_grad")
 
 
 def adamw_of(rl: RlSpec) -> AdamW:
@@ -297,13 +292,13 @@ def in_bfloat16(apply: Partial) -> Partial:
 
 def _influence(number: int, matrix: np.ndarray, changes: Changes) -> pd.DataFrame:
     """A row for each training sequence."""
-    alone, on_top, size = changes.grad, changes.baseline_plus_grad, len(matrix)
+    alone, on_top = changes.grad, changes.baseline_plus_grad
     return pd.DataFrame({
         "evaluation": number, "eta": changes.eta, "sequence": np.arange(matrix.shape[1]),
         "change": alone.change, "error": alone.jackknife_error,
         "change_on_baseline": on_top.change, "error_on_baseline": on_top.jackknife_error,
         "first_order": changes.eta * matrix.sum(axis=0),
-        "first_order_error": changes.eta * np.sqrt(size) * matrix.std(axis=0, ddof=1),
+        "first_order_error": changes.eta * standard_error(matrix, axis=0),
         "ess": alone.ess, "clip_fraction": alone.clip_fraction,
     })  # fmt: skip
 

@@ -8,7 +8,7 @@ from typing import Any
 from lambda_hat.entropy.plan import EntropyPlan
 from lambda_hat.entropy.spec import EntropySpec
 from lambda_hat.manifest import entropy_address, target_address
-from lambda_hat.report import aligned
+from lambda_hat.report import aligned, files_of, what_failed
 from lambda_hat.store import Store
 from lambda_hat.text import with_error
 
@@ -61,12 +61,13 @@ def outcome(
 
 def table(store: Store, specs: Sequence[EntropySpec]) -> list[dict[str, str]]:
     """A row for each measurement, of its first evaluation batch."""
+    summaries = {manifest.id: manifest.summary for manifest in store.manifests(entropy_address(s.entropy_id) for s in specs)}
     rows = []
     for spec in sorted(specs, key=lambda spec: (spec.target.target_id, spec.target.checkpoint)):
-        manifest = store.manifest(entropy_address(spec.entropy_id))
-        if manifest is None:
+        if spec.entropy_id not in summaries:
             continue
-        found, first = manifest.summary, manifest.summary["evaluations"][0]
+        found = summaries[spec.entropy_id]
+        first = found["evaluations"][0]
         rows.append({
             "policy": spec.target.target_id, "checkpoint": f"{spec.target.checkpoint}", "measurement": spec.entropy_id,
             "accuracy": f"{found['accuracy']:.3f}", "entropy": with_error(first["entropy"], first["entropy_error"]),
@@ -79,12 +80,12 @@ def table(store: Store, specs: Sequence[EntropySpec]) -> list[dict[str, str]]:
 
 def failures(result: Mapping[str, Any]) -> str:
     """What failed, in a sentence."""
-    counts = {
-        f"of {result['num_measurements']} measurements": result["num_failed"],
-        "runs that sample the policies": result["runs_failed"],
-    }
-    failed = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
-    return f"{failed} failed; the others are finished and kept, and the same command tries again what failed."
+    return what_failed(
+        {
+            f"of {result['num_measurements']} measurements": result["num_failed"],
+            "runs that sample the policies": result["runs_failed"],
+        }
+    )
 
 
 def text(result: Mapping[str, Any]) -> str:
@@ -93,7 +94,6 @@ def text(result: Mapping[str, Any]) -> str:
     lines += [failures(result)] if result["num_failed"] or result["runs_failed"] else []
     lines += [f"  {error}" for error in result["errors"]]
     if files := result.get("files"):
-        plots = [f"  {url}" for name, url in files.items() if name.endswith(".png")]
         lines += [f"{result['study_id']}: {result['num_measurements'] - result['num_failed']} updates measured"]
-        lines += [f"report: {files['report.html']}", f"table: {files['results.csv']}", "plots:", *plots]
+        lines += files_of(files)
     return "\n".join(lines)

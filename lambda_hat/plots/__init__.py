@@ -22,6 +22,8 @@ from lambda_hat.plots.style import Run, save_png
 from lambda_hat.plots.sweep import plot_llc_vs_true
 from lambda_hat.plots.target import plot_llc_convergence, plot_llc_over_training, plot_temperature
 from lambda_hat.run import RunSpec
+from lambda_hat.settings import nearest
+from lambda_hat.spec import InvalidInput
 from lambda_hat.trace import Trace
 
 #: Of one run.
@@ -52,4 +54,15 @@ def draw(plots: Mapping[str, Callable[..., Figure | None]], *content: Any) -> di
     return {name: save_png(figure) for name, figure in figures.items() if figure is not None}
 
 
-__all__ = ["RUN_PLOTS", "SWEEP_PLOTS", "TARGET_PLOTS", "Run", "draw", "save_png"]
+def draw_chosen(plots: Mapping[str, Callable[[Any], Figure | None]], study: Any, names: Sequence[str] = ()) -> dict[str, bytes]:
+    """The plots of these names, all if there are none, that apply to a study, as PNG files: name -> bytes.
+
+    Raises:
+      InvalidInput: a name is not that of a plot.
+    """
+    if unknown := [name for name in names if name not in plots]:
+        raise InvalidInput(f"A plot must be known by name; got {unknown[0]!r}. {nearest(unknown[0], plots)}")
+    return draw({name: plots[name] for name in names or plots}, study)
+
+
+__all__ = ["RUN_PLOTS", "SWEEP_PLOTS", "TARGET_PLOTS", "Run", "draw", "draw_chosen", "save_png"]

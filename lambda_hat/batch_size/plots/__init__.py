@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 
 from matplotlib.figure import Figure
 
@@ -11,9 +12,7 @@ from lambda_hat.batch_size.plots.maps import plot_heatmap_batch, plot_heatmap_ga
 from lambda_hat.batch_size.plots.measures import plot_llc, plot_sharpness
 from lambda_hat.batch_size.plots.scaling import plot_coordinate_check, plot_steps_to_target, plot_width_transfer
 from lambda_hat.batch_size.study import Study
-from lambda_hat.plots import draw
-from lambda_hat.settings import nearest
-from lambda_hat.spec import InvalidInput
+from lambda_hat.plots import draw_chosen
 
 PLOTS: dict[str, Callable[[Study], Figure | None]] = {
     "heatmap_batch": plot_heatmap_batch,
@@ -30,15 +29,8 @@ PLOTS: dict[str, Callable[[Study], Figure | None]] = {
 }
 
 
-def draw_plots(study: Study, names: Sequence[str] = ()) -> dict[str, bytes]:
-    """The plots of these names, all if there are none, that apply to the study, as PNG files: name -> bytes.
-
-    Raises:
-      InvalidInput: a name is not that of a plot.
-    """
-    if unknown := [name for name in names if name not in PLOTS]:
-        raise InvalidInput(f"A plot must be known by name; got {unknown[0]!r}. {nearest(unknown[0], PLOTS)}")
-    return draw({name: PLOTS[name] for name in names or PLOTS}, study)
+#: (study, names) -> PNG files by name: see `draw_chosen`.
+draw_plots = functools.partial(draw_chosen, PLOTS)
 
 
 __all__ = ["PLOTS", "draw_plots"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 
 from matplotlib.figure import Figure
 
@@ -10,9 +11,7 @@ from lambda_hat.entropy.plots.changes import plot_covariance, plot_decomposition
 from lambda_hat.entropy.plots.sequences import plot_attribution, plot_features, plot_influence, plot_linearity
 from lambda_hat.entropy.plots.training import plot_exchange, plot_training
 from lambda_hat.entropy.study import EntropyStudy
-from lambda_hat.plots import draw
-from lambda_hat.settings import nearest
-from lambda_hat.spec import InvalidInput
+from lambda_hat.plots import draw_chosen
 
 PLOTS: dict[str, Callable[[EntropyStudy], Figure | None]] = {
     "training": plot_training,
@@ -28,15 +27,8 @@ PLOTS: dict[str, Callable[[EntropyStudy], Figure | None]] = {
 }
 
 
-def draw_plots(study: EntropyStudy, names: Sequence[str] = ()) -> dict[str, bytes]:
-    """The plots of these names, all if there are none, that apply to the study, as PNG files: name -> bytes.
-
-    Raises:
-      InvalidInput: a name is not that of a plot.
-    """
-    if unknown := [name for name in names if name not in PLOTS]:
-        raise InvalidInput(f"A plot must be known by name; got {unknown[0]!r}. {nearest(unknown[0], PLOTS)}")
-    return draw({name: PLOTS[name] for name in names or PLOTS}, study)
+#: (study, names) -> PNG files by name: see `draw_chosen`.
+draw_plots = functools.partial(draw_chosen, PLOTS)
 
 
 __all__ = ["PLOTS", "draw_plots"]
