@@ -1,8 +1,8 @@
 """What a sweep costs besides computing: `python benchmarks/sweep_overhead.py`. Prints a Markdown table.
 
 Runs the default experiment as a user does, in a fresh store with a fresh Prefect home and compilation cache, then again
-unchanged. Computing is the time in which at least one task (build-target, sample, diagnose) was running; the rest of the
-process's wall time is starting Python, the embedded server, orchestration, the sweep's plots and stopping.
+unchanged. Computing is the time in which at least one task (build-target, sample, diagnose, compare) was running; the rest of
+the process's wall time is starting Python, the embedded server, orchestration and stopping.
 """
 
 from __future__ import annotations

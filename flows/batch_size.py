@@ -14,11 +14,12 @@ from prefect import flow
 from prefect.logging import get_run_logger
 
 from flows.orchestration import Command, RunsFailed, command_line, parser
-from flows.runs import compute, publish_study, run_each
+from flows.runs import compute, run_each, show
 from flows.tasks import Place, measure, open_place, train
 from lambda_hat.batch_size import artifacts
 from lambda_hat.batch_size.plan import StudyPlan, describe, make_study
 from lambda_hat.batch_size.summary import failures, label, outcome, preview, summary, text
+from lambda_hat.manifest import study_address
 from lambda_hat.runtime import configure
 from lambda_hat.settings import Runtime, Settings
 from lambda_hat.store import Store
@@ -50,7 +51,7 @@ def batch_size(
     errors = _train(study, store, place, settings.runtime)
     ids, damaged = artifacts.intact(store, [trial.target_id for trial in study.trials])
     rows, unmeasured = _examine(study, settings, store, place, ids) if ids and study.keeps else ([], [])
-    return _publish(study, settings, store, ids, outcome(study, ids, rows, errors + damaged, unmeasured))
+    return _publish(study, settings, store, place, ids, outcome(study, ids, rows, errors + damaged, unmeasured))
 
 
 def _train(study: StudyPlan, store: Store, place: Place, runtime: Runtime) -> list[str]:
@@ -79,14 +80,18 @@ def _examine(
     return compute(runs, store, place, settings.runtime) if (runs := study.runs(settings, trials)) else [], errors
 
 
-def _publish(study: StudyPlan, settings: Settings, store: Store, ids: list[str], result: dict[str, Any]) -> dict[str, Any]:
+def _publish(
+    study: StudyPlan, settings: Settings, store: Store, place: Place, ids: list[str], result: dict[str, Any]
+) -> dict[str, Any]:
     """The finished trials as one study, in the store and in the UI; returns the result with it or raises RunsFailed."""
     if ids:
         runs = [run for run in study.runs(settings, study.trials) if run.run_id in result["run_ids"]]
         result |= summary(artifacts.load_study(store, ids, runs))
-        publish = functools.partial(artifacts.publish_study, study.name, ids, store, study.options.plots, runs)
-        heading = f"{study.name}: {len(ids)} of {len(study.trials)} trials finished"
-        publish_study("batch-size-results", result["best"], heading, publish, store, result)
+        compared = study.name, ids, store, study.options.plots, runs
+        address, publish = study_address(artifacts.study_id(*compared)), functools.partial(artifacts.publish_study, *compared)
+        label = f"{study.name}: {len(ids)} of {len(study.trials)} trials"
+        files, error = show("batch-size-results", result["best"], label, address, publish, store, place)
+        result |= {"errors": [*result["errors"], error]} if error else {"study_id": address.id, "files": files}
     if result["num_failed"] or result["runs_failed"]:
         raise RunsFailed(failures(result), result)
     return result

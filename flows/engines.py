@@ -66,7 +66,8 @@ def _task_runner(runtime: Runtime) -> TaskRunner[Any]:
     if get_current_settings().api.url is None:
         raise InvalidInput(
             f"runtime.engine = {runtime.engine!r} needs a Prefect server that its workers reach; got no PREFECT_API_URL. "
-            "Start one with `prefect server start --host 0.0.0.0` and set PREFECT_API_URL=http://HOST:4200/api."
+            "Start one with `prefect server start --host 0.0.0.0`, with a password (docs/deployment.md, Passwords), and set "
+            "PREFECT_API_URL=http://HOST:4200/api."
         )
     if runtime.engine == "dask":
         return DaskTaskRunner(address=runtime.dask_address)

@@ -12,13 +12,13 @@ from prefect import flow
 from prefect.logging import get_run_logger
 
 from flows.orchestration import Command, RunsFailed, command_line, parser
-from flows.runs import compute, publish_study, run_each
+from flows.runs import compute, run_each, show
 from flows.tasks import Place, measure_update, open_place, train_policy
 from lambda_hat.entropy import artifacts
 from lambda_hat.entropy.plan import EntropyPlan, describe, make_entropy_plan
 from lambda_hat.entropy.spec import EntropySpec
 from lambda_hat.entropy.summary import failures, label, outcome, preview, table, text
-from lambda_hat.manifest import entropy_address, target_address
+from lambda_hat.manifest import entropy_address, entropy_study_address, target_address
 from lambda_hat.runtime import configure
 from lambda_hat.settings import Runtime
 from lambda_hat.store import Store
@@ -50,7 +50,7 @@ def entropy(
     errors = _train(study, store, place, settings.runtime) + _measure(study, store, place, settings.runtime)
     fine, damaged = artifacts.intact(store, study.specs)
     rows = compute(study.runs, store, place, settings.runtime) if study.runs else []
-    return _publish(study, store, fine, outcome(study, fine, rows, errors + damaged))
+    return _publish(study, store, place, fine, outcome(study, fine, rows, errors + damaged))
 
 
 def _train(study: EntropyPlan, store: Store, place: Place, runtime: Runtime) -> list[str]:
@@ -78,14 +78,16 @@ def _measure(study: EntropyPlan, store: Store, place: Place, runtime: Runtime) -
     return run_each(measure_update, calls, runtime)
 
 
-def _publish(study: EntropyPlan, store: Store, fine: list[EntropySpec], result: dict[str, Any]) -> dict[str, Any]:
+def _publish(study: EntropyPlan, store: Store, place: Place, fine: list[EntropySpec], result: dict[str, Any]) -> dict[str, Any]:
     """The finished measurements as one study, in the store and in the UI; returns the result with it or raises RunsFailed."""
     if fine:
         result["measurements"] = table(store, fine)
-        ids = [spec.entropy_id for spec in fine]
-        publish = functools.partial(artifacts.publish_study, study.name, ids, store, study.options.plots, result["run_ids"])
-        heading = f"{study.name}: {len(fine)} of {len(study.specs)} updates measured"
-        publish_study("entropy-results", result["measurements"], heading, publish, store, result)
+        name, plots, run_ids, ids = study.name, study.options.plots, result["run_ids"], [spec.entropy_id for spec in fine]
+        address = entropy_study_address(artifacts.study_id(name, ids, plots, run_ids))
+        publish = functools.partial(artifacts.publish_study, name, ids, store, plots, run_ids)
+        label = f"{study.name}: {len(fine)} of {len(study.specs)} updates"
+        files, error = show("entropy-results", result["measurements"], label, address, publish, store, place)
+        result |= {"errors": [*result["errors"], error]} if error else {"study_id": address.id, "files": files}
     if result["num_failed"] or result["runs_failed"]:
         raise RunsFailed(failures(result), result)
     return result

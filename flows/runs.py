@@ -1,4 +1,4 @@
-"""Runs as tasks: their targets, draws and diagnoses, as far as the store does not hold them."""
+"""Runs as tasks: their targets, draws and diagnoses, as far as the store does not hold them; and what is shown of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prefect.states import State
 
 from flows.engines import engine, final_state, submit_ahead
 from flows.orchestration import found, publish_to_ui, reason, steps
-from flows.tasks import Place, build_target, diagnose, sample
+from flows.tasks import Place, build_target, compare, diagnose, sample
 from lambda_hat import artifacts, report
 from lambda_hat.manifest import Address, Manifest, target_address
 from lambda_hat.run import RunSpec, batches, labels
@@ -103,18 +103,23 @@ def run_each(task: Any, calls: list[tuple[Any, ...]], runtime: Runtime) -> list[
     return errors
 
 
-def publish_study(
-    key: str, rows: list[dict[str, str]], heading: str, publish: Callable[[], Manifest], store: Store, result: dict[str, Any]
-) -> None:
-    """Publishes a study in the store and in the UI; adds its id and its files, or why it has no plots, to the result."""
+def show(
+    key: str, rows: list[dict[str, str]], label: str, address: Address, publish: Callable[[], Manifest], store: Store,
+    place: Place,
+) -> tuple[dict[str, str], str]:  # fmt: skip
+    """Publishes a comparison in the store, by a task if it is not there yet, and in the UI: where its files are, or why not."""
+    files: dict[str, str] = {}
     plots: dict[str, bytes] = {}
+    error = ""
     try:
-        manifest = publish()
-        files = {file.name: store.url(manifest.address, file.name) for file in manifest.files}
-        result |= {"study_id": manifest.id, "files": files}
-        plots = {name: store.read(manifest.address, name) for name in files if name.endswith(".png")}
-    except Exception as error:  # a plot that fails: there is a table all the same
-        result["errors"].append(f"no plots: {error}")
-        heading += f"; no plots: {error}"
-        get_run_logger().error(heading)
-    publish_to_ui(key, rows, plots, heading, result.get("files", {}).get("report.html", ""))
+        if not store.exists(address):
+            compare.with_options(refresh_cache=True)(address.id, label, publish, place)
+        manifest = store.manifest(address)
+        assert manifest is not None  # it was there, or the task has failed
+        plots = {file.name: store.read(address, file.name) for file in manifest.files if file.name.endswith(".png")}
+        files = {file.name: store.url(address, file.name) for file in manifest.files}
+    except Exception as caught:  # a damaged trace, a plot that fails: there is a table all the same
+        error = f"no plots: {caught}"
+        get_run_logger().error(error)
+    publish_to_ui(key, rows, plots, f"{label} finished" + (f"; {error}" if error else ""), files.get("report.html", ""))
+    return files, error

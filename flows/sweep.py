@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
-from prefect.logging import get_run_logger
 
 from flows.orchestration import Command, RunsFailed, command_line, parser, publish_to_ui
-from flows.runs import compute
+from flows.runs import compute, show
 from flows.tasks import Place, open_place
 from lambda_hat import artifacts, report
 from lambda_hat.batch_size.plan import with_stored
@@ -52,7 +52,7 @@ def sweep(
     configure(settings.runtime, computes=settings.runtime.engine == "threads")
     specs = _plan(settings, store, experiment or None, list(overrides), from_run or None)
     place: Place = {"store_uri": store.uri, "settings_file": str(Path(settings_file).absolute()) if settings_file else None}
-    return _publish(specs, compute(specs, store, place, settings.runtime), store)
+    return _publish(specs, compute(specs, store, place, settings.runtime), store, place)
 
 
 def _plan(
@@ -74,23 +74,22 @@ def _plan(
     return [spec]
 
 
-def _publish(specs: list[RunSpec], rows: list[dict[str, Any]], store: Store) -> list[dict[str, Any]]:
+def _publish(specs: list[RunSpec], rows: list[dict[str, Any]], store: Store, place: Place) -> list[dict[str, Any]]:
     """The finished runs' plots to the store, and with the table to the UI; returns the rows or raises RunsFailed."""
-    finished = [spec for spec, row in zip(specs, rows, strict=True) if row["status"] != "failed"]
-    heading, plots, page = f"{len(finished)} of {len(rows)} runs finished", {}, ""
-    try:
-        if finished:
-            manifest = artifacts.publish_sweep(finished, store)
-            names = [file.name for file in manifest.files if file.name.endswith(".png")]
-            plots = {name: store.read(sweep_address(manifest.id), name) for name in names}
-            page = store.url(sweep_address(manifest.id), "report.html")
-    except Exception as error:  # a damaged trace, a plot that fails: there is a table all the same
-        heading += f"; no plots: {error}"
-        get_run_logger().error(heading)
-    publish_to_ui("sweep-results", report.table(rows), plots, heading, page)
+    finished, table = _finished(specs, rows), report.table(rows)
+    label = f"{len(finished)} of {len(rows)} runs"
+    if finished:
+        publish = functools.partial(artifacts.publish_sweep, finished, store)
+        show("sweep-results", table, label, sweep_address(artifacts.sweep_id(finished)), publish, store, place)
+    else:
+        publish_to_ui("sweep-results", table, {}, f"{label} finished", "")
     if failed := len(rows) - len(finished):
         raise RunsFailed(f"{failed} of {len(rows)} runs failed; the others are finished and kept.", rows)
     return rows
+
+
+def _finished(specs: list[RunSpec], rows: list[dict[str, Any]]) -> list[RunSpec]:
+    return [spec for spec, row in zip(specs, rows, strict=True) if row["status"] != "failed"]
 
 
 EXAMPLES = """\
@@ -117,8 +116,7 @@ def main() -> int:
 
 
 def _shown(specs: list[RunSpec], rows: list[dict[str, Any]], store: Store) -> str:
-    finished = [spec for spec, row in zip(specs, rows, strict=True) if row["status"] != "failed"]
-    return f"{report.text_table(rows)}\n{report.plot_places(finished, store)}"
+    return f"{report.text_table(rows)}\n{report.plot_places(_finished(specs, rows), store)}"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""The tasks of the corridor: target, draws, diagnosis. Each makes one artifact, or finds it, and is cached on its id."""
+"""The tasks of the corridor: target, draws, diagnosis, comparison. Each makes or finds an artifact, and is cached on its id."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 from prefect import task
@@ -18,7 +19,7 @@ from lambda_hat import artifacts
 from lambda_hat.batch_size import artifacts as studies
 from lambda_hat.entropy import artifacts as policies
 from lambda_hat.entropy.spec import EntropySpec
-from lambda_hat.manifest import StoreUnavailable
+from lambda_hat.manifest import Manifest, StoreUnavailable
 from lambda_hat.policies.spec import PolicySpec
 from lambda_hat.run import RunSpec
 from lambda_hat.runtime import configure
@@ -118,3 +119,9 @@ def train_policy(artifact_id: str, label: str, spec: dict[str, Any], place: Plac
     settings, store = open_place(place)
     configure(settings.runtime)
     return artifacts.build_target(PolicySpec.from_dict(spec), store, log_progress(settings)).summary
+
+
+@artifact_task(name="compare", task_run_name="compare {label}")
+def compare(artifact_id: str, label: str, publish: Callable[[], Manifest], place: Place) -> dict[str, Any]:
+    """The plots and the report of what is finished; in the flow's own process, since `publish` is a function."""
+    return publish().summary

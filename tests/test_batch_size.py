@@ -121,7 +121,8 @@ def test_result(first, settings_file):
 
 
 def test_task_runs_and_artifacts(first):
-    assert tasks(first.outcome, 2) == {f"train {label}": "Completed" for label in LABELS}
+    names = [*(f"train {label}" for label in LABELS), "compare default: 6 of 6 trials"]
+    assert tasks(first.outcome, 3) == dict.fromkeys(names, "Completed")
     assert {address.kind for address in first.store.addresses()} == {"trials", "study"}  # no network was asked for
     assert [problem for _, problem in first.store.verify() if problem] == []
 
@@ -151,13 +152,14 @@ def test_a_larger_study_trains_what_is_missing(run, store, settings_file):
     """And one that samples its networks trains none again: they were not kept, so each is built, once."""
     one = run(store, *ONE).result
     larger = run(store, "batch_size=16", "eta=1,2")
-    assert tasks(larger, 1) == {"train images, width 8, batch size 16: eta 2, richness 1, seed 0": "Completed"}
+    names = {"train images, width 8, batch size 16: eta 2, richness 1, seed 0", "compare default: 2 of 2 trials"}
+    assert tasks(larger, 2) == dict.fromkeys(names, "Completed")
     assert (larger.result["num_trials"], larger.result["study_id"] != one["study_id"]) == (2, True)
     sampled = run(store, *ONE, "sampler=hmc")
     assert sampled.error is None
     label = "trial by hmc"
-    names = {"build trial", f"sample {label}", f"diagnose {label}"}
-    assert tasks(sampled, 3) == dict.fromkeys(names, "Completed")
+    names = {"build trial", f"sample {label}", f"diagnose {label}", "compare default: 1 of 1 trials"}
+    assert tasks(sampled, 4) == dict.fromkeys(names, "Completed")
     [row] = sampled.result["best"]
     [trial] = trials_of(settings_file, *ONE)
     diagnosis = store.catalogue("diagnosis").iloc[0]
@@ -188,12 +190,13 @@ def test_curvature(run, store, settings_file, monkeypatch):
     outcome = run(store, *overrides)
     assert str(outcome.error).startswith("1 measurements of trained networks failed; ")
     assert outcome.result["errors"] == [f"{label}: Task run encountered an exception FloatingPointError: not finite"]
-    assert tasks(outcome, 2) == {"train images, width 8, batch size 16: 2 trials": "Completed", label: "Failed"}
+    names = "train images, width 8, batch size 16: 2 trials", "compare default: 2 of 2 trials"
+    assert tasks(outcome, 3) == dict.fromkeys(names, "Completed") | {label: "Failed"}
     assert [store.exists(target_address(trial.target_id)) for trial in (fine, lost)] == [True, False]
     fails = False
     again = run(store, *overrides)
     assert again.error is None
-    assert tasks(again, 1) == {label: "Completed"}
+    assert tasks(again, 2) == dict.fromkeys((label, "compare default: 2 of 2 trials"), "Completed")
     assert [row.get("sharpness") for row in again.result["best"]] == ["2.5", "-"]
     assert again.result["study_id"] != outcome.result["study_id"]
     assert tasks(run(store, *overrides), 0) == {}
@@ -231,7 +234,8 @@ def test_a_failure_leaves_the_others_alone_and_is_tried_again(run, store, broken
     [error] = outcome.result["errors"]
     assert error.startswith(f"train {LABELS[1]}: ")
     assert error.endswith("no memory for so much")
-    assert tasks(outcome, 2) == {f"train {LABELS[0]}": "Completed", f"train {LABELS[1]}": "Failed"}
+    names = f"train {LABELS[0]}", "compare default: 3 of 6 trials"
+    assert tasks(outcome, 3) == dict.fromkeys(names, "Completed") | {f"train {LABELS[1]}": "Failed"}
     shown = ui_artifacts(outcome)
     assert shown["batch-size-results"].description == "default: 3 of 6 trials finished"
     # Of one batch size there is no map over batch sizes.
@@ -240,7 +244,7 @@ def test_a_failure_leaves_the_others_alone_and_is_tried_again(run, store, broken
     broken.mend()
     again = run(store)
     assert again.error is None
-    assert tasks(again, 1) == {f"train {LABELS[1]}": "Completed"}
+    assert tasks(again, 2) == dict.fromkeys((f"train {LABELS[1]}", "compare default: 6 of 6 trials"), "Completed")
     assert again.result["study_id"] != outcome.result["study_id"]
 
 

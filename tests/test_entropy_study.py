@@ -426,8 +426,9 @@ def first(run, tmp_path_factory):
 
 def test_flow(first, stored):
     labels = [f"modular_addition, seed 0, checkpoint {step}, batch seed 0" for step in (0, 4)]
-    states = tasks(first.outcome, 8)
-    assert {"train modular_addition, seed 0", *(f"measure {label}" for label in labels)} < set(states)
+    states = tasks(first.outcome, 9)
+    named = {"train modular_addition, seed 0", *(f"measure {label}" for label in labels), "compare default: 2 of 2 updates"}
+    assert named < set(states)
     assert sum(name.startswith(("sample", "diagnose")) for name in states) == 4
     assert set(states.values()) == {"Completed"}
     assert [row["checkpoint"] for row in first.result["measurements"]] == ["0", "4"]

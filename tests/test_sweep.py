@@ -166,7 +166,7 @@ def test_rows(first, settings_file):
 
 def test_task_runs(first):
     runs = [f"{step} {' by '.join(label)}" for step in ("sample", "diagnose") for label in LABELS]
-    expected = dict.fromkeys(["build quadratic", "build mlp", *runs], "Completed")
+    expected = dict.fromkeys(["build quadratic", "build mlp", *runs, "compare 5 of 5 runs"], "Completed")
     assert tasks(first.outcome, len(expected)) == expected
 
 
@@ -237,7 +237,7 @@ def test_only_what_is_lost_is_recomputed(run, store, settings_file):
         (sampled, {sampled, diagnosis}, {f"sample {label}", f"diagnose {label}"}, 3, ["computed", "cached"]),
         (sampled / "manifest.json", {sampled}, {f"sample {label}"}, 3, ["computed", "cached"]),
         (target / "manifest.json", {target}, {"build quadratic"}, 5, ["cached", "cached"]),
-        (compared, {compared}, set(), 0, ["cached", "cached"]),
+        (compared, {compared}, {"compare 2 of 2 runs"}, 1, ["cached", "cached"]),
     ):
         before = made(store)
         if lost.is_dir():
@@ -332,10 +332,11 @@ def test_a_changed_number_computes_the_new_run_alone(run, store, settings_file):
     outcome = run(store, *ONE, "sampler.step_size=1e-3,5e-4")
     assert statuses(outcome) == ["cached", "computed"]
     assert [row["sampler"] for row in outcome.rows] == ["sgld step_size=0.001", "sgld step_size=0.0005"]
-    assert tasks(outcome, 3) == {
+    assert tasks(outcome, 4) == {
         "build quadratic": "Cached",
         "sample quadratic by sgld step_size=0.001 and 1 more": "Completed",
         "diagnose quadratic by sgld step_size=0.0005": "Completed",
+        "compare 2 of 2 runs": "Completed",
     }
     after = made(store)
     old, new = specs_of(settings_file, *ONE, "sampler.step_size=1e-3,5e-4")
@@ -352,7 +353,7 @@ def test_from_run_repeats(first, run):
     wanted = first.rows[4]
     whole = run(first.store, from_run=wanted["run_id"])
     assert whole.rows == [wanted | {"status": "cached"}]
-    assert tasks(whole, 0) == {}
+    assert tasks(whole, 1) == {"compare 1 of 1 runs": "Completed"}
     unique = next(
         wanted["run_id"][:n] for n in range(5, 21) if sum(row["run_id"][:n] == wanted["run_id"][:n] for row in first.rows) == 1
     )
@@ -447,7 +448,7 @@ def test_processes_give_the_same_numbers(first, run, store, settings_file, monke
     overrides = ("target=bowl,net", "sampler=hmc")
     outcome = run(store, *overrides)
     assert outcome.error is None
-    assert set(tasks(outcome, 6).values()) == {"Completed"}
+    assert set(tasks(outcome, 7).values()) == {"Completed"}
     for spec in specs_of(settings_file, *overrides):
         address = run_address(spec.target_id, spec.run_id)
         threads, processes = (unpack_arrays(place.read(address, "trace.npz")) for place in (first.store, store))
@@ -499,7 +500,7 @@ def test_stores_share_no_results(run, store, tmp_path, prefect_home):
     here = run(store, *ONE)
     elsewhere = run(other, *ONE)
     assert statuses(here) == statuses(elsewhere) == ["computed"]
-    assert set(tasks(elsewhere, 3).values()) == {"Completed"}
+    assert set(tasks(elsewhere, 4).values()) == {"Completed"}
     assert made(store).keys() == made(other).keys()
     # The time a run took tells whose result it is.
     assert here.rows[0]["seconds"] != elsewhere.rows[0]["seconds"]
@@ -508,7 +509,7 @@ def test_stores_share_no_results(run, store, tmp_path, prefect_home):
     # Each is recomputed without a look at the other.
     shutil.rmtree(other.uri)
     assert tasks(run(store, *ONE), 0) == {}
-    assert set(tasks(run(other, *ONE), 3).values()) == {"Completed"}
+    assert set(tasks(run(other, *ONE), 4).values()) == {"Completed"}
     assert any(prefect_home.rglob("sample-swp_*")), "results are kept elsewhere, so this test leaves something behind"
 
 

@@ -205,22 +205,24 @@ def load_study(store: Store, trial_ids: Sequence[str], runs: Sequence[RunSpec] =
     return Study(table, {trial_id: curves[trial_id] for trial_id in trial_ids})
 
 
+def study_id(name: str, trial_ids: Sequence[str], store: Store, plots: Sequence[str] = (), runs: Sequence[RunSpec] = ()) -> str:
+    """The id of a comparison of trained trials; it is another one when other curvatures are in the store."""
+    return content_id("sty", {
+        "versions": [STUDY_VERSION, DIAGNOSIS_VERSION], "name": name, "plots": list(plots), "trial_ids": sorted(trial_ids),
+        "run_ids": sorted(run.run_id for run in runs),
+        "curvature_ids": sorted(m.id for m in store.manifests(map(curvature_address, trial_ids))),
+    })  # fmt: skip
+
+
 def publish_study(
     name: str, trial_ids: Sequence[str], store: Store, plots: Sequence[str] = (), runs: Sequence[RunSpec] = ()
 ) -> Manifest:
     """Publishes the comparison of trained trials, or finds it: results.csv, results.parquet, curves.npz, plots, report.html.
 
-    It is another study when other curvatures are in the store.
-
     Raises:
       ArtifactError: a trial was not trained, or its result is damaged. InvalidInput: a plot is not known.
     """
-    content = {
-        "versions": [STUDY_VERSION, DIAGNOSIS_VERSION], "name": name, "plots": list(plots), "trial_ids": sorted(trial_ids),
-        "run_ids": sorted(run.run_id for run in runs),
-        "curvature_ids": sorted(m.id for m in store.manifests(map(curvature_address, trial_ids))),
-    }  # fmt: skip
-    address = study_address(content_id("sty", content))
+    address = study_address(study_id(name, trial_ids, store, plots, runs))
     if (manifest := store.manifest(address)) is not None:
         return manifest
     from lambda_hat.batch_size.plots import draw_plots
@@ -239,7 +241,7 @@ def publish_study(
     files["report.html"] = study_report(address.id, name, study, drawn, made_at[:16].replace("T", " ")).encode()
     spec = {
         "name": name, "trials_ids": sorted({places[trial_id].id for trial_id in trial_ids}),
-        "target_ids": content["trial_ids"], "run_ids": content["run_ids"],  # as targets, as far as they are kept
+        "target_ids": sorted(trial_ids), "run_ids": sorted(run.run_id for run in runs),  # as targets, as far as they are kept
     }  # fmt: skip
     summary = {"num_trials": len(trial_ids), "num_diverged": int(study.table["diverged_at_step"].notna().sum())}
     return store.publish(address, files, spec=spec, summary=summary)

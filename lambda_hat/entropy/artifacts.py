@@ -168,6 +168,14 @@ def load_study(store: Store, name: str, entropy_ids: Sequence[str], run_ids: Seq
     return EntropyStudy(name, measured, policies, _llcs(store, run_ids))
 
 
+def study_id(name: str, entropy_ids: Sequence[str], plots: Sequence[str] = (), run_ids: Sequence[str] = ()) -> str:
+    """The id of a comparison of measurements."""
+    return content_id("ens", {
+        "versions": [STUDY_VERSION, DIAGNOSIS_VERSION], "name": name, "plots": list(plots),
+        "entropy_ids": sorted(entropy_ids), "run_ids": sorted(run_ids),
+    })  # fmt: skip
+
+
 def publish_study(
     name: str, entropy_ids: Sequence[str], store: Store, plots: Sequence[str] = (), run_ids: Sequence[str] = ()
 ) -> Manifest:
@@ -177,11 +185,7 @@ def publish_study(
     Raises:
       ArtifactError: a measurement is damaged. InvalidInput: a plot is not known.
     """
-    content = {
-        "versions": [STUDY_VERSION, DIAGNOSIS_VERSION], "name": name, "plots": list(plots),
-        "entropy_ids": sorted(entropy_ids), "run_ids": sorted(run_ids),
-    }  # fmt: skip
-    address = entropy_study_address(content_id("ens", content))
+    address = entropy_study_address(study_id(name, entropy_ids, plots, run_ids))
     if (manifest := store.manifest(address)) is not None:
         return manifest
     import pandas as pd
@@ -199,7 +203,7 @@ def publish_study(
     files["changes.csv"] = changes.to_csv(index=False).encode()
     files["report.html"] = entropy_report(address.id, name, study, drawn, made_at[:16].replace("T", " ")).encode()
     spec = {
-        "name": name, "entropy_ids": content["entropy_ids"], "run_ids": content["run_ids"], "target_ids": sorted(study.policies)
+        "name": name, "entropy_ids": sorted(entropy_ids), "run_ids": sorted(run_ids), "target_ids": sorted(study.policies)
     }  # fmt: skip
     return store.publish(address, files, spec=spec, summary={"num_measured": len(entropy_ids)})
 
