@@ -7,7 +7,6 @@ import functools
 import sys
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -15,12 +14,11 @@ from prefect.logging import get_run_logger
 
 from flows.orchestration import Command, RunsFailed, command_line, parser
 from flows.runs import compute, run_each, show
-from flows.tasks import Place, measure, open_place, train
+from flows.tasks import Place, begin, measure, train
 from lambda_hat.batch_size import artifacts
 from lambda_hat.batch_size.plan import StudyPlan, describe, make_study
 from lambda_hat.batch_size.summary import failures, label, outcome, preview, summary, text
 from lambda_hat.manifest import study_address
-from lambda_hat.runtime import configure
 from lambda_hat.settings import Runtime, Settings
 from lambda_hat.store import Store
 
@@ -44,10 +42,8 @@ def batch_size(
       InvalidInput: an argument is wrong; nothing has been computed.
       RunsFailed: some trials or runs failed; the others are finished and stored.
     """
-    settings, store = open_place({"store_uri": store_uri or None, "settings_file": settings_file or None})
-    configure(settings.runtime, computes=settings.runtime.engine == "threads")
+    settings, store, place = begin(store_uri, settings_file)
     study = make_study(settings, experiment or None, list(overrides))
-    place: Place = {"store_uri": store.uri, "settings_file": str(Path(settings_file).absolute()) if settings_file else None}
     errors = _train(study, store, place, settings.runtime)
     ids, damaged = artifacts.intact(store, [trial.target_id for trial in study.trials])
     rows, unmeasured = _examine(study, settings, store, place, ids) if ids and study.keeps else ([], [])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -13,13 +12,12 @@ from prefect.logging import get_run_logger
 
 from flows.orchestration import Command, RunsFailed, command_line, parser
 from flows.runs import compute, run_each, show
-from flows.tasks import Place, measure_update, open_place, train_policy
+from flows.tasks import Place, begin, measure_update, train_policy
 from lambda_hat.entropy import artifacts
 from lambda_hat.entropy.plan import EntropyPlan, describe, make_entropy_plan
 from lambda_hat.entropy.spec import EntropySpec
 from lambda_hat.entropy.summary import failures, label, outcome, preview, table, text
 from lambda_hat.manifest import entropy_address, entropy_study_address, target_address
-from lambda_hat.runtime import configure
 from lambda_hat.settings import Runtime
 from lambda_hat.store import Store
 
@@ -43,10 +41,8 @@ def entropy(
       InvalidInput: an argument is wrong; nothing has been computed.
       RunsFailed: some measurements or runs failed; the others are finished and stored.
     """
-    settings, store = open_place({"store_uri": store_uri or None, "settings_file": settings_file or None})
-    configure(settings.runtime, computes=settings.runtime.engine == "threads")
+    settings, store, place = begin(store_uri, settings_file)
     study = make_entropy_plan(settings, experiment or None, list(overrides))
-    place: Place = {"store_uri": store.uri, "settings_file": str(Path(settings_file).absolute()) if settings_file else None}
     errors = _train(study, store, place, settings.runtime) + _measure(study, store, place, settings.runtime)
     fine, damaged = artifacts.intact(store, study.specs)
     rows = compute(study.runs, store, place, settings.runtime) if study.runs else []

@@ -5,20 +5,18 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from prefect import flow
 
 from flows.orchestration import Command, RunsFailed, command_line, parser, publish_to_ui
 from flows.runs import compute, show
-from flows.tasks import Place, open_place
+from flows.tasks import Place, begin
 from lambda_hat import artifacts, report
 from lambda_hat.batch_size.plan import with_stored
 from lambda_hat.manifest import sweep_address
 from lambda_hat.plan import check_own, describe, make_plan
 from lambda_hat.run import RunSpec
-from lambda_hat.runtime import configure
 from lambda_hat.settings import Settings
 from lambda_hat.spec import InvalidInput
 from lambda_hat.store import Store
@@ -48,10 +46,8 @@ def sweep(
       InvalidInput: an argument is wrong; nothing has been computed.
       RunsFailed: some runs failed; the others are finished and stored.
     """
-    settings, store = open_place({"store_uri": store_uri or None, "settings_file": settings_file or None})
-    configure(settings.runtime, computes=settings.runtime.engine == "threads")
+    settings, store, place = begin(store_uri, settings_file)
     specs = _plan(settings, store, experiment or None, list(overrides), from_run or None)
-    place: Place = {"store_uri": store.uri, "settings_file": str(Path(settings_file).absolute()) if settings_file else None}
     return _publish(specs, compute(specs, store, place, settings.runtime), store, place)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from prefect import task
@@ -38,6 +39,21 @@ def open_place(place: Place) -> tuple[Settings, Store]:
     return settings, Store(uri, settings.store.options, settings.store.cache)
 
 
+def begin(store_uri: str, settings_file: str) -> tuple[Settings, Store, Place]:
+    """The settings and the store that a flow's parameters name, and their place for its tasks, in whatever folder they run."""
+    settings, store = open_place({"store_uri": store_uri or None, "settings_file": settings_file or None})
+    configure(settings.runtime, computes=settings.runtime.engine == "threads")
+    file = str(Path(settings_file).absolute()) if settings_file else None
+    return settings, store, {"store_uri": store.uri, "settings_file": file}
+
+
+def _enter(place: Place) -> tuple[Settings, Store]:
+    """The settings and the store of a task, whose process may be a worker's."""
+    settings, store = open_place(place)
+    configure(settings.runtime)
+    return settings, store
+
+
 def _key(context: Any, parameters: dict[str, Any]) -> str:
     """A result belongs to the artifact it names and the store that holds it, whichever flow run made it."""
     where = hashlib.sha256(parameters["place"]["store_uri"].encode()).hexdigest()[:16]
@@ -67,40 +83,35 @@ artifact_task: Any = functools.partial(
 
 @artifact_task(name="build-target", task_run_name="build {label}")
 def build_target(artifact_id: str, label: str, spec: dict[str, Any], place: Place) -> dict[str, Any]:
-    settings, store = open_place(place)
-    configure(settings.runtime)  # the process may be a worker's
+    settings, store = _enter(place)
     return artifacts.build_target(RunSpec.from_dict(spec).target, store, log_progress(settings)).summary
 
 
 @artifact_task(name="sample", task_run_name="sample {label}")
 def sample(artifact_id: str, label: str, specs: list[dict[str, Any]], place: Place) -> list[dict[str, Any]]:
     """A batch: runs that one program can sample together."""
-    settings, store = open_place(place)
-    configure(settings.runtime)
+    settings, store = _enter(place)
     manifests = artifacts.sample_batch([RunSpec.from_dict(spec) for spec in specs], store, log_progress(settings))
     return [manifest.summary for manifest in manifests]
 
 
 @artifact_task(name="diagnose", task_run_name="diagnose {label}")
 def diagnose(artifact_id: str, label: str, spec: dict[str, Any], place: Place) -> dict[str, Any]:
-    settings, store = open_place(place)
-    configure(settings.runtime)
+    _, store = _enter(place)
     return artifacts.diagnose_run(RunSpec.from_dict(spec), store).summary
 
 
 @artifact_task(name="train", task_run_name="train {label}")
 def train(artifact_id: str, label: str, specs: list[dict[str, Any]], keep: bool, place: Place) -> dict[str, Any]:
     """Trials that one program can train together."""
-    settings, store = open_place(place)
-    configure(settings.runtime)
+    settings, store = _enter(place)
     return studies.train_batch([TrialSpec.from_dict(spec) for spec in specs], store, keep, log_progress(settings)).summary
 
 
 @artifact_task(name="measure", task_run_name="measure {label}")
 def measure(artifact_id: str, label: str, spec: dict[str, Any], curvature: bool, place: Place) -> dict[str, Any]:
     """A trial's network as a target, and its curvature if asked for."""
-    settings, store = open_place(place)
-    configure(settings.runtime)
+    settings, store = _enter(place)
     made = artifacts.build_target(TrialSpec.from_dict(spec), store, log_progress(settings))
     return studies.measure_curvature(artifact_id, store).summary if curvature else made.summary
 
@@ -108,16 +119,14 @@ def measure(artifact_id: str, label: str, spec: dict[str, Any], curvature: bool,
 @artifact_task(name="measure-update", task_run_name="measure {label}")
 def measure_update(artifact_id: str, label: str, spec: dict[str, Any], chunks: tuple[int, int], place: Place) -> dict[str, Any]:
     """An update of a policy in the store, taken apart: its batches, its parts, what they do to the entropy."""
-    settings, store = open_place(place)
-    configure(settings.runtime)
+    settings, store = _enter(place)
     return policies.measure_update(EntropySpec.from_dict(spec), store, *chunks, log_progress(settings)).summary
 
 
 @artifact_task(name="train-policy", task_run_name="train {label}")
 def train_policy(artifact_id: str, label: str, spec: dict[str, Any], place: Place) -> dict[str, Any]:
     """A policy, with its checkpoints and its optimizer's states."""
-    settings, store = open_place(place)
-    configure(settings.runtime)
+    settings, store = _enter(place)
     return artifacts.build_target(PolicySpec.from_dict(spec), store, log_progress(settings)).summary
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lambda_hat.manifest import KINDS, Address, diagnosis_address, sweep_address
+from lambda_hat.manifest import Address, diagnosis_address, sweep_address
 from lambda_hat.settings import nearest
 from lambda_hat.spec import InvalidInput
 from lambda_hat.store import Store
@@ -63,52 +62,6 @@ def find_sweep(store: Store, text: str) -> Address:
     if not len(sweeps):
         raise InvalidInput(f"There must be a sweep; there is none in {store.uri}. python flows/sweep.py makes one.")
     return sweep_address(sweeps["id"].iloc[-1])
-
-
-def find_studies(store: Store, kind: Literal["study", "entropy_study"], texts: Sequence[str]) -> list[Address]:
-    """The studies of these ids, beginnings of ids or names of experiments; "latest" is the latest, "all" every one.
-
-    Raises:
-      InvalidInput: one is none of these, or there is no study.
-    """
-    catalogue = store.catalogue(kind)
-    if not len(catalogue):
-        flow = {"study": "batch_size", "entropy_study": "entropy"}[kind]
-        raise InvalidInput(f"There must be a study; there is none in {store.uri}. python flows/{flow}.py makes one.")
-    prefix, found = KINDS[kind][0], []
-    for text in texts:
-        named = catalogue["id"][catalogue["spec.name"] == text]
-        if text == "all":
-            found += [Address(kind, id, None) for id in catalogue["id"]]
-        elif text == "latest" or len(named):
-            found.append(Address(kind, (catalogue["id"] if text == "latest" else named).iloc[-1], None))
-        else:
-            if not text.startswith(f"{prefix}_"):
-                names = {*catalogue["spec.name"], "latest", "all"}
-                raise InvalidInput(
-                    f"A study is named by its experiment or its id, {prefix}_...; got {text!r}. {nearest(text, names)}"
-                )
-            found.append(store.find(text))
-    return list(dict.fromkeys(found))
-
-
-def rendered(frame: pd.DataFrame, form: str) -> str | bytes:
-    """A table as csv, json or parquet, whole, or as a table for people."""
-    if form == "parquet":
-        return frame.to_parquet()
-    if form == "csv":
-        return frame.to_csv(index=False)
-    if form == "json":
-        return json.dumps(records(frame), indent=1)
-    return frame.to_string(index=False, na_rep="-", float_format=lambda value: f"{value:.5g}")
-
-
-def emit(content: str | bytes, output: str | None) -> None:
-    """Prints a text, or writes it or bytes to a file."""
-    if output is not None:
-        Path(output).write_bytes(content if isinstance(content, bytes) else f"{content.rstrip()}\n".encode())
-    elif isinstance(content, str):
-        print(content.rstrip("\n"))
 
 
 def tidy(frame: pd.DataFrame) -> pd.DataFrame:

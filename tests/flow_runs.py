@@ -1,13 +1,30 @@
-"""What the server and the store know of a flow run."""
+"""Runs of flows, and what the server and the store know of them."""
 
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, FlowRunFilter, FlowRunFilterId
 
+from flows.orchestration import RunsFailed
 from lambda_hat.store import Store
+
+
+def runner(flow: Any, settings_file: str) -> Callable[..., SimpleNamespace]:
+    """Runs a flow with overrides into a store: its state, result (of a failed one too) and exception."""
+
+    def run(store: Store, *overrides: str, **arguments: Any) -> SimpleNamespace:
+        arguments = {"overrides": list(overrides), "store_uri": store.uri, "settings_file": settings_file, **arguments}
+        state = flow(**arguments, return_state=True)
+        result = state.result(raise_on_failure=False)
+        error = result if isinstance(result, Exception) else None
+        if error is not None:
+            result = error.result if isinstance(error, RunsFailed) else None
+        return SimpleNamespace(state=state, error=error, result=result)
+
+    return run
 
 
 def tasks(outcome: SimpleNamespace, count: int) -> dict[str, str]:

@@ -5,11 +5,10 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
-from flow_runs import made, tasks, ui_artifacts
+from flow_runs import made, runner, tasks, ui_artifacts
 from prefect.logging import disable_run_logger
 
 from flows import batch_size as flow
@@ -66,18 +65,7 @@ def settings_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(prefect_home, settings_file):
-    """Runs the flow: its state, result (of a failed one too) and exception."""
-
-    def run(store: Store, *overrides: str, **arguments: Any) -> SimpleNamespace:
-        arguments = {"overrides": list(overrides), "store_uri": store.uri, "settings_file": settings_file, **arguments}
-        state = flow.batch_size(**arguments, return_state=True)
-        result = state.result(raise_on_failure=False)
-        error = result if isinstance(result, Exception) else None
-        return SimpleNamespace(
-            state=state, error=error, result=error.result if isinstance(error, RunsFailed) else None if error else result
-        )
-
-    return run
+    return runner(flow.batch_size, settings_file)
 
 
 def trials_of(settings_file, *overrides):

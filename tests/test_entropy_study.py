@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
-from flow_runs import made, tasks, ui_artifacts
+from flow_runs import made, runner, tasks, ui_artifacts
 
 from lambda_hat import artifacts as steps
 from lambda_hat.cli import main
@@ -397,22 +397,11 @@ grad_chunk_size = {chunk}
 
 @pytest.fixture(scope="module")
 def run(prefect_home, tmp_path_factory):
-    """Runs the flow: its state, result (of a failed one too) and exception."""
     from flows import entropy as flow
-    from flows.orchestration import RunsFailed
 
     path = tmp_path_factory.mktemp("settings") / "settings.toml"
     path.write_text(SETTINGS_FILE.format(chunk=CHUNK))
-
-    def run(store, *overrides):
-        arguments = {"overrides": list(overrides), "store_uri": store.uri, "settings_file": str(path)}
-        state = flow.entropy(**arguments, return_state=True)
-        result = state.result(raise_on_failure=False)
-        error = result if isinstance(result, Exception) else None
-        result = error.result if isinstance(error, RunsFailed) else None if error else result
-        return SimpleNamespace(state=state, error=error, result=result)
-
-    return run
+    return runner(flow.entropy, str(path))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ ROOMS = [
     "spec", "text", "overrides", "settings", "arrays", "manifest", "storage", "store", "chunks", "random",
     "theory", "target", "data", "networks", "training", "trials", "policies", "posterior", "wrap", "targets", "samplers",
     "run", "plan", "trace", "program", "sampling", "llc", "observables", "remedies", "diagnostics", "plots",
-    "api", "html", "artifacts", "gallery", "report", "batch_size", "entropy", "runtime", "cli",
+    "api", "html", "artifacts", "gallery", "report", "study_views", "batch_size", "entropy", "runtime", "cli",
 ]  # fmt: skip
 
 

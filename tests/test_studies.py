@@ -584,7 +584,7 @@ def test_plots_of_a_study(run, tmp_path):
     assert result.status == 0
     assert result.out.split() == [str(folder / "heatmap_batch.png")]
     assert (folder / "heatmap_batch.png").read_bytes().startswith(b"\x89PNG")
-    assert "do not apply to the trials: width_transfer" in result.err
+    assert "do not apply: width_transfer" in result.err
 
 
 def test_report_of_a_study(run, tmp_path):
@@ -620,6 +620,12 @@ def test_malformed_study_commands(run, arguments, words):
     assert result.err.startswith("error: ")
     assert result.err.count("\n") == 1
     assert all(word in result.err for word in words), result.err
+
+
+def test_a_study_goes_to_one_place(run):
+    result = run("study", "--to", "figures", "--report", "report.html")
+    assert (result.status, result.out) == (2, "")
+    assert "--report: not allowed with argument --to" in result.err
 
 
 def test_a_store_without_studies(run, tmp_path):

@@ -12,12 +12,11 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 from botocore.exceptions import EndpointConnectionError
-from flow_runs import made, tasks, ui_artifacts
+from flow_runs import made, runner, tasks, ui_artifacts
 from prefect.logging import disable_run_logger
 from prefect.settings import (
     PREFECT_API_URL,
@@ -98,22 +97,11 @@ def settings_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(prefect_home, settings_file):
-    """Runs the flow: its state, rows (of a failed one too), exception, and its task runs' final states by name."""
-
-    def run(store: Store, *overrides: str, **arguments: Any) -> SimpleNamespace:
-        arguments = {"overrides": list(overrides), "store_uri": store.uri, "settings_file": settings_file, **arguments}
-        state = flow.sweep(**arguments, return_state=True)
-        result = state.result(raise_on_failure=False)
-        error = result if isinstance(result, Exception) else None
-        return SimpleNamespace(
-            state=state, error=error, rows=error.result if isinstance(error, RunsFailed) else None if error else result
-        )
-
-    return run
+    return runner(flow.sweep, settings_file)
 
 
 def statuses(outcome: SimpleNamespace) -> list[str]:
-    return [row["status"] for row in outcome.rows]
+    return [row["status"] for row in outcome.result]
 
 
 def specs_of(settings_file: str, *overrides: str, experiment: str | None = None) -> list[RunSpec]:
@@ -136,7 +124,7 @@ def first(run, tmp_path_factory):
     outcome = run(store)
     logger.removeHandler(handler)
     assert outcome.error is None
-    return SimpleNamespace(store=store, outcome=outcome, rows=outcome.rows, lines=lines)
+    return SimpleNamespace(store=store, outcome=outcome, result=outcome.result, lines=lines)
 
 
 @pytest.fixture
@@ -149,19 +137,21 @@ LABELS = [("quadratic", "sgld"), ("quadratic", "hmc"), ("quadratic", "mclmc"), (
 
 def test_rows(first, settings_file):
     assert first.outcome.state.is_completed()
-    assert [(row["target"], row["sampler"], row["status"]) for row in first.rows] == [(*label, "computed") for label in LABELS]
+    assert [(row["target"], row["sampler"], row["status"]) for row in first.result] == [
+        (*label, "computed") for label in LABELS
+    ]
     specs = specs_of(settings_file)
-    assert [(row["target_id"], row["run_id"]) for row in first.rows] == [(spec.target_id, spec.run_id) for spec in specs]
-    for row, spec in zip(first.rows, specs, strict=True):
+    assert [(row["target_id"], row["run_id"]) for row in first.result] == [(spec.target_id, spec.run_id) for spec in specs]
+    for row, spec in zip(first.result, specs, strict=True):
         result = json.loads(first.store.read(diagnosis_address(spec.target_id, spec.run_id), "result.json"))
         assert {name: row[name] for name in result} == result
         assert row["fge"] == pytest.approx(spec.fge, rel=0.1)  # as counted: trials of steps, lengths of trajectories
     # The numbers are of the run the row names.
     bowl = specs[1]
     exact = quadratic_llc(bowl.target.curvatures(), bowl.nbeta, bowl.posterior.localization)
-    assert first.rows[1]["mcse"] < 0.2
-    assert abs(first.rows[1]["llc"] - exact) < 4 * first.rows[1]["mcse"]
-    assert (first.rows[1]["true_llc"], first.rows[3]["true_llc"]) == (2.0, None)
+    assert first.result[1]["mcse"] < 0.2
+    assert abs(first.result[1]["llc"] - exact) < 4 * first.result[1]["mcse"]
+    assert (first.result[1]["true_llc"], first.result[3]["true_llc"]) == (2.0, None)
 
 
 def test_task_runs(first):
@@ -189,7 +179,7 @@ def test_ui(first, settings_file):
     assert shown.keys() == {"sweep-results", "sweep-results-plots"}
     assert (shown["sweep-results"].type, shown["sweep-results-plots"].type) == ("table", "markdown")
     assert shown["sweep-results"].description == "5 of 5 runs finished"
-    assert json.loads(shown["sweep-results"].data) == cells(first.rows)
+    assert json.loads(shown["sweep-results"].data) == cells(first.result)
     specs = specs_of(settings_file)
     address = sweep_address(artifacts.sweep_id(specs))
     markdown = shown["sweep-results-plots"].data
@@ -209,10 +199,10 @@ def test_second_sweep_recomputes_nothing(first, run):
     before = made(first.store)
     assert len(before) == 2 + 5 + 5 + 1
     again = run(first.store)
-    assert again.rows == [row | {"status": "cached"} for row in first.rows]
+    assert again.result == [row | {"status": "cached"} for row in first.result]
     assert tasks(again, 0) == {}
     assert made(first.store) == before
-    assert json.loads(ui_artifacts(again)["sweep-results"].data) == cells(again.rows)
+    assert json.loads(ui_artifacts(again)["sweep-results"].data) == cells(again.result)
 
 
 def test_only_what_is_lost_is_recomputed(run, store, settings_file):
@@ -269,7 +259,7 @@ def test_a_failure_leaves_the_others_alone_and_is_tried_again(run, store, settin
     assert statuses(again) == ["failed", "cached", "cached"]
     assert tasks(again, 2) == {"build mlp": "Failed", "sample mlp by sgld": "NotReady"}
     assert made(store) == before
-    for rows in (raised.value.result, again.rows):
+    for rows in (raised.value.result, again.result):
         assert rows[0]["verdict"] == "failed"
         assert "FloatingPointError" in rows[0]["remedy"]
         assert "it diverged with learning_rate=1000000.0. Lower training.learning_rate." in rows[0]["remedy"]
@@ -291,7 +281,7 @@ def test_damage_fails_with_a_remedy_that_helps(run, store, settings_file):
     damaged.write_bytes(content)
     outcome = run(store, *ONE)
     assert isinstance(outcome.error, RunsFailed)
-    reason = outcome.rows[0]["remedy"]
+    reason = outcome.result[0]["remedy"]
     assert "ArtifactError" in reason
     manifest = Path(store.uri) / target_address(spec.target_id).folder / "manifest.json"
     assert f"Delete {manifest} and compute it again." in reason
@@ -300,16 +290,16 @@ def test_damage_fails_with_a_remedy_that_helps(run, store, settings_file):
 
 
 def test_a_damaged_trace_costs_the_plots_alone(run, store, settings_file):
-    rows = run(store, *SMALL).rows
+    rows = run(store, *SMALL).result
     specs = specs_of(settings_file, *SMALL)
     trace = Path(store.url(run_address(specs[0].target_id, specs[0].run_id), "trace.npz"))
     trace.write_bytes(bytes(trace.stat().st_size))
     shutil.rmtree(Path(store.uri) / sweep_address(artifacts.sweep_id(specs)).folder)
     again = run(store, *SMALL)
-    assert again.rows == [row | {"status": "cached"} for row in rows]
+    assert again.result == [row | {"status": "cached"} for row in rows]
     shown = ui_artifacts(again)
     assert shown["sweep-results"].description.startswith("2 of 2 runs finished; no plots: A file must be as its manifest says")
-    assert json.loads(shown["sweep-results"].data) == report.table(again.rows)
+    assert json.loads(shown["sweep-results"].data) == report.table(again.result)
     assert "![" not in shown["sweep-results-plots"].data
 
 
@@ -331,7 +321,7 @@ def test_a_changed_number_computes_the_new_run_alone(run, store, settings_file):
     before = made(store)
     outcome = run(store, *ONE, "sampler.step_size=1e-3,5e-4")
     assert statuses(outcome) == ["cached", "computed"]
-    assert [row["sampler"] for row in outcome.rows] == ["sgld step_size=0.001", "sgld step_size=0.0005"]
+    assert [row["sampler"] for row in outcome.result] == ["sgld step_size=0.001", "sgld step_size=0.0005"]
     assert tasks(outcome, 4) == {
         "build quadratic": "Cached",
         "sample quadratic by sgld step_size=0.001 and 1 more": "Completed",
@@ -350,14 +340,16 @@ def test_a_changed_number_computes_the_new_run_alone(run, store, settings_file):
 
 def test_from_run_repeats(first, run):
     before = made(first.store)
-    wanted = first.rows[4]
+    wanted = first.result[4]
     whole = run(first.store, from_run=wanted["run_id"])
-    assert whole.rows == [wanted | {"status": "cached"}]
+    assert whole.result == [wanted | {"status": "cached"}]
     assert tasks(whole, 1) == {"compare 1 of 1 runs": "Completed"}
     unique = next(
-        wanted["run_id"][:n] for n in range(5, 21) if sum(row["run_id"][:n] == wanted["run_id"][:n] for row in first.rows) == 1
+        wanted["run_id"][:n]
+        for n in range(5, 21)
+        if sum(row["run_id"][:n] == wanted["run_id"][:n] for row in first.result) == 1
     )
-    assert run(first.store, from_run=unique).rows == whole.rows
+    assert run(first.store, from_run=unique).result == whole.result
     # Of a sweep of one run, plots are made; nothing else is.
     assert {folder: time for folder, time in made(first.store).items() if not folder.startswith("sweeps/")} == {
         folder: time for folder, time in before.items() if not folder.startswith("sweeps/")
@@ -425,9 +417,9 @@ def test_an_interrupted_run_resumes(first, run, store, settings_file):
 
     outcome = run(store, *ONE)
     assert statuses(outcome) == ["computed"]
-    assert 5000 < outcome.rows[0]["seconds"] < 5100
+    assert 5000 < outcome.result[0]["seconds"] < 5100
     assert trace_sha256(store, spec) == trace_sha256(first.store, spec)
-    assert outcome.rows[0]["llc"] == first.rows[0]["llc"]
+    assert outcome.result[0]["llc"] == first.result[0]["llc"]
     assert store.load_checkpoint(address) is None
 
 
@@ -462,7 +454,7 @@ def test_a_time_limit_ends_a_task_where_it_can_go_on(run, store, settings_file, 
     overrides = (*ONE, "sampler.num_draws=10000000")
     outcome = run(store, *overrides)
     assert statuses(outcome) == ["failed"]
-    assert "Task run exceeded timeout of 10.0 second(s)" in outcome.rows[0]["remedy"]
+    assert "Task run exceeded timeout of 10.0 second(s)" in outcome.result[0]["remedy"]
     assert tasks(outcome, 2) == {"build quadratic": "Completed", "sample quadratic by sgld": "TimedOut"}
     spec = specs_of(settings_file, *overrides)[0]
     assert report.plan_table([spec], store).splitlines()[2].endswith("to resume")
@@ -503,9 +495,9 @@ def test_stores_share_no_results(run, store, tmp_path, prefect_home):
     assert set(tasks(elsewhere, 4).values()) == {"Completed"}
     assert made(store).keys() == made(other).keys()
     # The time a run took tells whose result it is.
-    assert here.rows[0]["seconds"] != elsewhere.rows[0]["seconds"]
-    assert run(store, *ONE).rows == [here.rows[0] | {"status": "cached"}]
-    assert run(other, *ONE).rows == [elsewhere.rows[0] | {"status": "cached"}]
+    assert here.result[0]["seconds"] != elsewhere.result[0]["seconds"]
+    assert run(store, *ONE).result == [here.result[0] | {"status": "cached"}]
+    assert run(other, *ONE).result == [elsewhere.result[0] | {"status": "cached"}]
     # Each is recomputed without a look at the other.
     shutil.rmtree(other.uri)
     assert tasks(run(store, *ONE), 0) == {}
@@ -651,8 +643,8 @@ def test_program(first, tmp_path, store, settings_file):
     result = end(program(tmp_path, settings_file, *ONE, "--json", "--store", store.uri, PREFECT_API_URL=url))
     assert result.status == 0, result.err
     (row,) = json.loads(result.out)
-    assert row["run_id"] == first.rows[0]["run_id"]
-    assert (row["status"], row["llc"]) == ("computed", first.rows[0]["llc"])
+    assert row["run_id"] == first.result[0]["run_id"]
+    assert (row["status"], row["llc"]) == ("computed", first.result[0]["llc"])
     assert "Traceback" not in result.err
     assert " 100 % of 150 draws" in result.err
     assert any((tmp_path / "prefect").rglob("sample-swp_*"))

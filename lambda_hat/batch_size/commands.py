@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lambda_hat.gallery import emit, find_studies, rendered
 from lambda_hat.manifest import Address
 from lambda_hat.spec import InvalidInput
 from lambda_hat.store import Store
+from lambda_hat.study_views import add_options, emit, files_of, find_studies, rendered, write_plots, write_report
 
 if TYPE_CHECKING:
     import numpy as np
+    import pandas as pd
 
     from lambda_hat.batch_size.study import Study
 
@@ -38,12 +39,7 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
         "studies", nargs="*", default=["latest"], metavar="STUDY",
         help='ids or their beginnings, names of experiments (the latest of each), "latest" (default) or "all"',
     )  # fmt: skip
-    study.add_argument("--where", metavar="CONDITION", nargs="+", default=[], help="only trials with these, e.g. eta>=0.1")
-    study.add_argument("--format", choices=["table", "csv", "json", "parquet"], default="table", help="default: table")
-    study.add_argument("--output", metavar="FILE", help="write the table to a file (needed for parquet)")
-    study.add_argument("--plot", metavar="NAME", nargs="+", default=[], help="only these plots (default: all that apply)")
-    study.add_argument("--to", metavar="DIR", help="draw the plots into a folder, made if need be, instead of the table")
-    study.add_argument("--report", metavar="FILE", help="write the report, one HTML file, instead of the table")
+    add_options(study, "eta>=0.1")
     study.set_defaults(run=_study)
 
     data = commands.add_parser("data", help="prepare data sets that are not installed with a package")
@@ -62,24 +58,24 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _study(store: Store, options: argparse.Namespace) -> int:
+    from lambda_hat.batch_size.plots import draw_plots
+    from lambda_hat.batch_size.report import study_report
     from lambda_hat.batch_size.study import where
 
-    if options.format == "parquet" and options.output is None:
-        raise InvalidInput("Parquet is binary and needs --output FILE; got none. Add --output trials.parquet.")
-    addresses = find_studies(store, "study", options.studies)
-    study = where(_joined(store, addresses), options.where)
-    if not len(study.table):
-        raise InvalidInput(f"There must be a trial; none fits {' '.join(options.where)}. Without --where all are shown.")
-    try:
+    with files_of(options):
+        addresses = find_studies(store, "study", options.studies)
+        study = where(_joined(store, addresses), options.where)
+        if not len(study.table):
+            raise InvalidInput(f"There must be a trial; none fits {' '.join(options.where)}. Without --where all are shown.")
         if options.to is not None:
-            return _plots(study, options)
-        if options.report is not None:
-            return _report(study, addresses, options)
-        return _table(study, options)
-    except BrokenPipeError:  # the reader of the table has seen enough
-        raise
-    except OSError as error:
-        raise InvalidInput(f"Files must be written where there is permission and room; {error}. Name another place.") from None
+            write_plots(draw_plots(study, options.plot), options)
+        elif options.report is not None:
+            ids = ", ".join(address.id for address in addresses)
+            page = study_report(ids, " and ".join(options.studies), study, draw_plots(study, options.plot))
+            write_report(page, options, f"{len(study.table)} trials of {ids}")
+        else:
+            emit(rendered(_shown(study) if options.format == "table" else study.table, options.format), options.output)
+    return 0
 
 
 def _joined(store: Store, addresses: list[Address]) -> Study:
@@ -107,40 +103,13 @@ def _joined(store: Store, addresses: list[Address]) -> Study:
     return Study(together.groupby("trial_id", sort=False, as_index=False).last(), curves)  # of each, the last known
 
 
-def _plots(study: Study, options: argparse.Namespace) -> int:
-    from lambda_hat.batch_size.plots import draw_plots
-
-    folder = Path(options.to)
-    drawn = draw_plots(study, options.plot)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, png in drawn.items():
-        (folder / f"{name}.png").write_bytes(png)
-        print(folder / f"{name}.png")
-    if skipped := set(options.plot) - drawn.keys():
-        print(f"these plots do not apply to the trials: {', '.join(sorted(skipped))}", file=sys.stderr)
-    return 0
-
-
-def _report(study: Study, addresses: list[Address], options: argparse.Namespace) -> int:
-    from lambda_hat.batch_size.plots import draw_plots
-    from lambda_hat.batch_size.report import study_report
-
-    ids = ", ".join(address.id for address in addresses)
-    page = study_report(ids, " and ".join(options.studies), study, draw_plots(study, options.plot))
-    Path(options.report).write_text(page, encoding="utf-8")
-    print(f"{options.report}: {len(study.table)} trials of {ids}")
-    return 0
-
-
-def _table(study: Study, options: argparse.Namespace) -> int:
+def _shown(study: Study) -> pd.DataFrame:
+    """For people: what differs between the trials, and what was found."""
     from lambda_hat.batch_size.study import settings, swept
 
     table = study.table
-    if options.format == "table":
-        varied = ["trial_id", *swept(table)]
-        table = table[[*varied, *(str(name) for name in table if name not in {"trial_id", "samples", *settings(table)})]]
-    emit(rendered(table, options.format), options.output)
-    return 0
+    varied = ["trial_id", *swept(table)]
+    return table[[*varied, *(str(name) for name in table if name not in {"trial_id", "samples", *settings(table)})]]
 
 
 def _process_mnist1m(_store: Store, options: argparse.Namespace) -> int:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import io
-import sys
-from pathlib import Path
 from typing import Any
 
-from lambda_hat.gallery import emit, find_studies, rendered
 from lambda_hat.manifest import Address
 from lambda_hat.spec import InvalidInput
 from lambda_hat.store import Store
+from lambda_hat.study_views import add_options, emit, files_of, find_studies, rendered, write_plots, write_report
 
 #: Columns of the table for people; the other formats hold all.
 SHOWN = (
@@ -39,30 +37,21 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
         "study", nargs="?", default="latest", metavar="STUDY",
         help='an id or its beginning, the name of an experiment (the latest of it), "latest" (default)',
     )  # fmt: skip
-    entropy.add_argument("--where", metavar="CONDITION", nargs="+", default=[], help="only rows with these, e.g. reward=0")
-    entropy.add_argument("--format", choices=["table", "csv", "json", "parquet"], default="table", help="default: table")
-    entropy.add_argument("--output", metavar="FILE", help="write the table to a file (needed for parquet)")
-    entropy.add_argument("--plot", metavar="NAME", nargs="+", default=[], help="only these plots (default: all that apply)")
-    entropy.add_argument("--to", metavar="DIR", help="draw the plots into a folder, made if need be, instead of the table")
-    entropy.add_argument("--report", metavar="FILE", help="write the report, one HTML file, instead of the table")
+    add_options(entropy, "reward=0")
     entropy.set_defaults(run=_entropy)
 
 
 def _entropy(store: Store, options: argparse.Namespace) -> int:
-    if options.format == "parquet" and options.output is None:
-        raise InvalidInput("Parquet is binary and needs --output FILE; got none. Add --output sequences.parquet.")
-    [address] = find_studies(store, "entropy_study", [options.study])
-    try:
-        if options.to is not None or options.report is not None:
-            return _drawn(store, address, options)
-        return _table(store, address, options)
-    except BrokenPipeError:  # the reader of the table has seen enough
-        raise
-    except OSError as error:
-        raise InvalidInput(f"Files must be written where there is permission and room; {error}. Name another place.") from None
+    with files_of(options):
+        [address] = find_studies(store, "entropy_study", [options.study])
+        if options.to is None and options.report is None:
+            _table(store, address, options)
+        else:
+            _drawn(store, address, options)
+    return 0
 
 
-def _table(store: Store, address: Address, options: argparse.Namespace) -> int:
+def _table(store: Store, address: Address, options: argparse.Namespace) -> None:
     import pandas as pd
 
     from lambda_hat.batch_size.study import rows_where
@@ -70,12 +59,10 @@ def _table(store: Store, address: Address, options: argparse.Namespace) -> int:
     table = rows_where(pd.read_parquet(io.BytesIO(store.read(address, "results.parquet"))), options.where)
     if not len(table):
         raise InvalidInput(f"There must be a row; none fits {' '.join(options.where)}. Without --where all are shown.")
-    shown = table[list(SHOWN)] if options.format == "table" else table
-    emit(rendered(shown, options.format), options.output)
-    return 0
+    emit(rendered(table[list(SHOWN)] if options.format == "table" else table, options.format), options.output)
 
 
-def _drawn(store: Store, address: Address, options: argparse.Namespace) -> int:
+def _drawn(store: Store, address: Address, options: argparse.Namespace) -> None:
     from lambda_hat.entropy.artifacts import load_study
     from lambda_hat.entropy.plots import draw_plots
     from lambda_hat.entropy.report import entropy_report
@@ -84,15 +71,8 @@ def _drawn(store: Store, address: Address, options: argparse.Namespace) -> int:
     assert manifest is not None  # it was just found
     study = load_study(store, manifest.spec["name"], manifest.spec["entropy_ids"], manifest.spec["run_ids"])
     drawn = draw_plots(study, options.plot)
-    if options.report is not None:
-        Path(options.report).write_text(entropy_report(address.id, study.name, study, drawn), encoding="utf-8")
-        print(f"{options.report}: {len(study.measured)} updates of {address.id}")
-        return 0
-    folder = Path(options.to)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, png in drawn.items():
-        (folder / f"{name}.png").write_bytes(png)
-        print(folder / f"{name}.png")
-    if skipped := set(options.plot) - drawn.keys():
-        print(f"these plots do not apply to the study: {', '.join(sorted(skipped))}", file=sys.stderr)
-    return 0
+    if options.to is not None:
+        write_plots(drawn, options)
+    else:
+        page = entropy_report(address.id, study.name, study, drawn)
+        write_report(page, options, f"{len(study.measured)} updates of {address.id}")

@@ -1,0 +1,115 @@
+"""What `lambda-hat study` and `lambda-hat entropy` share: studies found in the store; tables, plots, reports."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from lambda_hat.gallery import records
+from lambda_hat.manifest import KINDS, Address
+from lambda_hat.settings import nearest
+from lambda_hat.spec import InvalidInput
+from lambda_hat.store import Store
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def add_options(command: argparse.ArgumentParser, condition: str) -> None:
+    """Which rows, and as what: a table, plots or a report.
+
+    Args:
+      condition: an example of one on the table's rows.
+    """
+    command.add_argument("--where", metavar="CONDITION", nargs="+", default=[], help=f"only rows with these, e.g. {condition}")
+    command.add_argument("--format", choices=["table", "csv", "json", "parquet"], default="table", help="default: table")
+    command.add_argument("--plot", metavar="NAME", nargs="+", default=[], help="only these plots (default: all that apply)")
+    made = command.add_mutually_exclusive_group()
+    made.add_argument("--output", metavar="FILE", help="write the table to a file (needed for parquet)")
+    made.add_argument("--to", metavar="DIR", help="draw the plots into a folder, made if need be, instead of the table")
+    made.add_argument("--report", metavar="FILE", help="write the report, one HTML file, instead of the table")
+
+
+@contextlib.contextmanager
+def files_of(options: argparse.Namespace) -> Iterator[None]:
+    """Around all that reads and writes for these options.
+
+    Raises:
+      InvalidInput: Parquet without a file to go to, or a file cannot be written.
+    """
+    if options.format == "parquet" and options.output is None:
+        raise InvalidInput("Parquet is binary and needs --output FILE; got none. Add --output FILE.parquet.")
+    try:
+        yield
+    except BrokenPipeError:  # the reader of the table has seen enough
+        raise
+    except OSError as error:
+        raise InvalidInput(f"Files must be written where there is permission and room; {error}. Name another place.") from None
+
+
+def find_studies(store: Store, kind: Literal["study", "entropy_study"], texts: Sequence[str]) -> list[Address]:
+    """The studies of these ids, beginnings of ids or names of experiments; "latest" is the latest, "all" every one.
+
+    Raises:
+      InvalidInput: one is none of these, or there is no study.
+    """
+    catalogue = store.catalogue(kind)
+    if not len(catalogue):
+        flow = {"study": "batch_size", "entropy_study": "entropy"}[kind]
+        raise InvalidInput(f"There must be a study; there is none in {store.uri}. python flows/{flow}.py makes one.")
+    prefix, found = KINDS[kind][0], []
+    for text in texts:
+        named = catalogue["id"][catalogue["spec.name"] == text]
+        if text == "all":
+            found += [Address(kind, id, None) for id in catalogue["id"]]
+        elif text == "latest" or len(named):
+            found.append(Address(kind, (catalogue["id"] if text == "latest" else named).iloc[-1], None))
+        else:
+            if not text.startswith(f"{prefix}_"):
+                names = {*catalogue["spec.name"], "latest", "all"}
+                raise InvalidInput(
+                    f"A study is named by its experiment or its id, {prefix}_...; got {text!r}. {nearest(text, names)}"
+                )
+            found.append(store.find(text))
+    return list(dict.fromkeys(found))
+
+
+def rendered(frame: pd.DataFrame, form: str) -> str | bytes:
+    """A table as csv, json or parquet, whole, or as a table for people."""
+    if form == "parquet":
+        return frame.to_parquet()
+    if form == "csv":
+        return frame.to_csv(index=False)
+    if form == "json":
+        return json.dumps(records(frame), indent=1)
+    return frame.to_string(index=False, na_rep="-", float_format=lambda value: f"{value:.5g}")
+
+
+def emit(content: str | bytes, output: str | None) -> None:
+    """Prints a text, or writes it or bytes to a file."""
+    if output is not None:
+        Path(output).write_bytes(content if isinstance(content, bytes) else f"{content.rstrip()}\n".encode())
+    elif isinstance(content, str):
+        print(content.rstrip("\n"))
+
+
+def write_plots(drawn: Mapping[str, bytes], options: argparse.Namespace) -> None:
+    """The plots that were drawn, into the folder asked for; says which of those asked for were not."""
+    folder = Path(options.to)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, png in drawn.items():
+        (folder / f"{name}.png").write_bytes(png)
+        print(folder / f"{name}.png")
+    if skipped := set(options.plot) - drawn.keys():
+        print(f"these plots do not apply: {', '.join(sorted(skipped))}", file=sys.stderr)
+
+
+def write_report(page: str, options: argparse.Namespace, of: str) -> None:
+    """The report, to the file asked for."""
+    Path(options.report).write_text(page, encoding="utf-8")
+    print(f"{options.report}: {of}")
