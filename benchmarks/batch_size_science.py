@@ -25,9 +25,9 @@ from lambda_hat.batch_size.plots.common import WINDOW
 from lambda_hat.batch_size.plots.scaling import trades
 from lambda_hat.batch_size.smoothing import smooth
 from lambda_hat.batch_size.study import Study
-from lambda_hat.gallery import find_studies
 from lambda_hat.run import RunSpec
 from lambda_hat.store import Store
+from lambda_hat.study_views import find_studies
 from lambda_hat.trials.spec import TrialSpec
 
 ROOT = Path(__file__).parent.parent

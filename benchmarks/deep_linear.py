@@ -46,7 +46,7 @@ from lambda_hat.settings import Runtime
 
 
 class SizeClass(NamedTuple):
-    """size: the number of parameters. layers, widths: ranges, both ends included. count: of networks. steps: of each chain,
+    """size: the number of parameters. layers, widths: ranges, both ends included. num_networks: of this size. steps: of each chain,
     half of them burn-in. bound: on the median relative error; published: that of
     SGLD, and its order preservation."""
 
@@ -54,7 +54,7 @@ class SizeClass(NamedTuple):
     layers: tuple[int, int]
     widths: tuple[int, int]
     num_data: int
-    count: int
+    num_networks: int
     num_chains: int
     steps: int
     bound: float
@@ -198,7 +198,7 @@ def main() -> int:
     by_class: dict[str, list[Row]] = {}
     for name in options.classes:
         size_class = CLASSES[name]
-        count = options.count or size_class.count
+        count = options.count or size_class.num_networks
         for place, (widths, rank) in enumerate(itertools.islice(networks(name), count), 1):
             steps, num_chains = options.steps or size_class.steps, options.chains or size_class.num_chains
             spec = run_spec(name, widths, rank, steps, num_chains, options.sampler)

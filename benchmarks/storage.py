@@ -54,8 +54,8 @@ def main() -> int:
             cached.read(address, "params.npz")
             again = _seconds(functools.partial(cached.read, address, "params.npz"))
             if number:  # the first warms up connections and the server
-                pairs = (upload, plain_upload), (download, plain_download), (again, plain_download)
-                for name, pair in zip(times, pairs, strict=True):
+                measured = (upload, plain_upload), (download, plain_download), (again, plain_download)
+                for name, pair in zip(times, measured, strict=True):
                     times[name].append(pair)
     rows = []
     for name, pairs in times.items():
