@@ -46,9 +46,8 @@ from lambda_hat.settings import Runtime
 
 
 class SizeClass(NamedTuple):
-    """size: the number of parameters. layers, widths: ranges, both ends included. num_networks: of this size. steps: of each chain,
-    half of them burn-in. bound: on the median relative error; published: that of
-    SGLD, and its order preservation."""
+    """size: the number of parameters. layers, widths: ranges, both ends included. num_networks: of this size. steps: of each
+    chain, half of them burn-in. bound: on the median relative error; published: that of SGLD, and its order preservation."""
 
     size: int
     layers: tuple[int, int]
