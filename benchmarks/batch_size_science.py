@@ -19,7 +19,8 @@ import numpy as np
 import pandas as pd
 
 from lambda_hat.batch_size.artifacts import load_study
-from lambda_hat.batch_size.fits import Slope, collapse, richness_slopes, width_transfer
+from lambda_hat.batch_size.critical import collapse
+from lambda_hat.batch_size.fits import Slope, richness_slopes, width_transfer
 from lambda_hat.batch_size.noise_scale import gradient_noise_scale
 from lambda_hat.batch_size.plots.common import WINDOW
 from lambda_hat.batch_size.plots.scaling import trades

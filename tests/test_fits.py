@@ -8,15 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lambda_hat.batch_size.fits import (
-    collapse,
-    critical_batch_size,
-    optimum,
-    power_slope,
-    richness_slopes,
-    steps_to_target,
-    width_transfer,
-)
+from lambda_hat.batch_size.critical import collapse, critical_batch_size, steps_to_target
+from lambda_hat.batch_size.fits import optimum, power_slope, richness_slopes, width_transfer
 from lambda_hat.batch_size.smoothing import moving_average, smooth, updates_done
 from lambda_hat.spec import InvalidInput
 

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from lambda_hat.batch_size.fits import EXCESS, LAZY, RICH, Slope, richness_slopes, width_transfer
+from lambda_hat.batch_size.critical import EXCESS
+from lambda_hat.batch_size.fits import LAZY, RICH, Slope, richness_slopes, width_transfer
 from lambda_hat.batch_size.plots import PLOTS
 from lambda_hat.batch_size.plots.common import Group, groups
 from lambda_hat.batch_size.plots.scaling import trades

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lambda_hat.batch_size.fits import collapse
+from lambda_hat.batch_size.critical import collapse
 from lambda_hat.batch_size.plots.common import (
     MAX_LINES,
     MAX_PANELS,

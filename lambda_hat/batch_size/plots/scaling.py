@@ -11,14 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lambda_hat.batch_size.fits import (
-    CriticalBatchSize,
-    Curve,
-    critical_batch_size,
-    power_slope,
-    steps_to_target,
-    width_transfer,
-)
+from lambda_hat.batch_size.critical import CriticalBatchSize, Curve, critical_batch_size, steps_to_target
+from lambda_hat.batch_size.fits import power_slope, width_transfer
 from lambda_hat.batch_size.plots.common import (
     LABELS,
     MAX_LINES,
