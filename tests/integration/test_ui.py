@@ -31,7 +31,10 @@ pytestmark = [
 
 #: One run lasts long enough to be looked at; one diverges, so that its numbers are NaN.
 OVERRIDES = ["target=quadratic", "sampler=hmc,sgld,sghmc", "sampler.sgld.step_size=1000", "sampler.sghmc.num_draws=10000"]
-NAMES = ["build quadratic", "sample quadratic by hmc", "sample quadratic by sgld", "diagnose quadratic by sghmc"]
+NAMES = [
+    "build quadratic", "sample quadratic by hmc", "sample quadratic by sgld", "diagnose quadratic by sghmc",
+    "compare 3 of 3 runs",
+]  # fmt: skip
 PATIENCE = 60_000  # milliseconds
 
 
