@@ -58,8 +58,6 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _study(store: Store, options: argparse.Namespace) -> int:
-    from lambda_hat.batch_size.plots import draw_plots
-    from lambda_hat.batch_size.report import study_report
     from lambda_hat.batch_size.study import where
 
     with files_of(options):
@@ -67,15 +65,24 @@ def _study(store: Store, options: argparse.Namespace) -> int:
         study = where(_joined(store, addresses), options.where)
         if not len(study.table):
             raise InvalidInput(f"There must be a trial; none fits {' '.join(options.where)}. Without --where all are shown.")
-        if options.to is not None:
-            write_plots(draw_plots(study, options.plot), options)
-        elif options.report is not None:
-            ids = ", ".join(address.id for address in addresses)
-            page = study_report(ids, " and ".join(options.studies), study, draw_plots(study, options.plot))
-            write_report(page, options, f"{len(study.table)} trials of {ids}")
-        else:
+        if options.to is None and options.report is None:
             emit(rendered(_shown(study) if options.format == "table" else study.table, options.format), options.output)
+        else:
+            _drawn(study, addresses, options)
     return 0
+
+
+def _drawn(study: Study, addresses: list[Address], options: argparse.Namespace) -> None:
+    from lambda_hat.batch_size.plots import draw_plots
+    from lambda_hat.batch_size.report import study_report
+
+    drawn = draw_plots(study, options.plot)
+    if options.to is not None:
+        write_plots(drawn, options)
+    else:
+        ids = ", ".join(address.id for address in addresses)
+        page = study_report(ids, " and ".join(options.studies), study, drawn)
+        write_report(page, options, f"{len(study.table)} trials of {ids}")
 
 
 def _joined(store: Store, addresses: list[Address]) -> Study:
