@@ -8,7 +8,6 @@ import time
 
 import pytest
 from prefect import flow, task
-from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from programs import environment, free_ports, wait_for
 from sweeps import Sweeps, prefect_server, program
 
@@ -105,8 +104,7 @@ def one_dies():
         return [final_state(future) for future in (die.submit(), live.submit())]
 
 
-def test_a_task_that_kills_its_workers_fails_alone(sweeps, folder):
-    with temporary_settings({PREFECT_API_URL: sweeps.url, PREFECT_HOME: folder / "prefect"}):
-        dead, alive = one_dies()
+def test_a_task_that_kills_its_workers_fails_alone(prefect_home):
+    dead, alive = one_dies()
     assert (dead.name, alive.name) == ("Crashed", "Completed")
     assert "worker died" in dead.message
