@@ -112,10 +112,10 @@ def show(
     plots: dict[str, bytes] = {}
     error = ""
     try:
-        if not store.exists(address):
+        if (manifest := store.manifest(address)) is None:
             compare.with_options(refresh_cache=True)(address.id, label, publish, place)
-        manifest = store.manifest(address)
-        assert manifest is not None  # it was there, or the task has failed
+            manifest = store.manifest(address)
+            assert manifest is not None  # or the task has failed
         plots = {file.name: store.read(address, file.name) for file in manifest.files if file.name.endswith(".png")}
         files = {file.name: store.url(address, file.name) for file in manifest.files}
     except Exception as caught:  # a damaged trace, a plot that fails: there is a table all the same

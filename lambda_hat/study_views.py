@@ -36,8 +36,8 @@ def add_options(command: argparse.ArgumentParser, condition: str) -> None:
 
 
 @contextlib.contextmanager
-def files_of(options: argparse.Namespace) -> Iterator[None]:
-    """Around all that reads and writes for these options.
+def refusals(options: argparse.Namespace) -> Iterator[None]:
+    """Around all that reads and writes for these options: what cannot be done is refused in words.
 
     Raises:
       InvalidInput: Parquet without a file to go to, or a file cannot be written.

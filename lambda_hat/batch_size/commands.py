@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lambda_hat.manifest import Address
 from lambda_hat.spec import InvalidInput
 from lambda_hat.store import Store
-from lambda_hat.study_views import add_options, emit, files_of, find_studies, rendered, write_plots, write_report
+from lambda_hat.study_views import add_options, emit, find_studies, refusals, rendered, write_plots, write_report
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,7 +60,7 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
 def _study(store: Store, options: argparse.Namespace) -> int:
     from lambda_hat.batch_size.study import where
 
-    with files_of(options):
+    with refusals(options):
         addresses = find_studies(store, "study", options.studies)
         study = where(_joined(store, addresses), options.where)
         if not len(study.table):

@@ -9,7 +9,7 @@ from typing import Any
 from lambda_hat.manifest import Address
 from lambda_hat.spec import InvalidInput
 from lambda_hat.store import Store
-from lambda_hat.study_views import add_options, emit, files_of, find_studies, rendered, write_plots, write_report
+from lambda_hat.study_views import add_options, emit, find_studies, refusals, rendered, write_plots, write_report
 
 #: Columns of the table for people; the other formats hold all.
 SHOWN = (
@@ -42,7 +42,7 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _entropy(store: Store, options: argparse.Namespace) -> int:
-    with files_of(options):
+    with refusals(options):
         [address] = find_studies(store, "entropy_study", [options.study])
         if options.to is None and options.report is None:
             _table(store, address, options)
