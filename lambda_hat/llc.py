@@ -129,12 +129,22 @@ def rhat(draws: np.ndarray) -> float | None:
 
 def pareto_k(log_weights: np.ndarray) -> float:
     """k-hat of importance weights from their logarithms, (draws,): the shape of the generalised Pareto fitted to their tail."""
+    return float(_array_statistics().psislw(log_weights)[1])
+
+
+def autocorr(draws: np.ndarray) -> np.ndarray:
+    """Correlation of one chain's draws, (draws,), with those a lag of 0, 1, ... later, (draws,)."""
+    return np.asarray(_array_statistics().autocorr(draws))
+
+
+def _array_statistics() -> Any:
+    """Where ArviZ keeps its functions of arrays: at its root in 0.x, in a part of its own in 1.x."""
     az = load_arviz()
     if az.__version__.startswith("0."):
-        return float(az.psislw(log_weights)[1])
+        return az
     from arviz_stats.base import array_stats
 
-    return float(array_stats.psislw(log_weights)[1])
+    return array_stats
 
 
 def _number(value: Any) -> float | None:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 #: Part of every id. Raise it when a change of the code changes the numbers of a result, so that results
 #: computed before the change are not taken for results of the new code.
-ALGORITHM_VERSION = 3
+ALGORITHM_VERSION = 4
 
 Precision = Literal["float32", "float64"]
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from scipy.stats import rankdata
 
 from lambda_hat.diagnostics import Diagnosis
-from lambda_hat.llc import finite_chains, finite_draws, llc_draws, load_arviz, running_llc
+from lambda_hat.llc import autocorr, finite_chains, finite_draws, llc_draws, running_llc
 from lambda_hat.observables import recorded
 from lambda_hat.plots.style import (
     BAND,
@@ -146,7 +146,7 @@ def plot_autocorrelation(spec: RunSpec, trace: Trace, diagnosis: Diagnosis) -> F
     moving[moving] = np.ptp(llc[moving], axis=1) > 0
     per_draw = spec.sampler.num_steps_bw_draws
     if moving.any():
-        lines = np.array([load_arviz().autocorr(draws) for draws in llc[moving]])
+        lines = np.array([autocorr(draws) for draws in llc[moving]])
         mean = lines.mean(axis=0)
         below = np.flatnonzero(mean < CORRELATED)
         last = min(len(mean), max(2 * int(below[0]) if len(below) else len(mean), 20))
