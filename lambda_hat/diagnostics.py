@@ -178,7 +178,7 @@ def diagnose(spec: RunSpec, trace: Trace, target_metrics: Mapping[str, Any]) -> 
         nbeta_sensitivity_mcse=None if sensitivity is None else sensitivity.mcse,
         **_beyond_llc(spec, trace, pooled, init_loss),
         llc_by_dataset=_by_dataset(spec, trace),
-        pareto_k=None if (weights := observables.recorded(trace, "log_weight")) is None else max(map(pareto_k, weights)),
+        pareto_k=_worst_k(trace),
         metrics=_other_metrics(target_metrics),
         init_loss=init_loss,
         num_params=target_metrics["num_params"],
@@ -258,6 +258,11 @@ def _susceptibilities(spec: RunSpec, trace: Trace) -> observables.Matrix | None:
     return (
         None if found is None else observables.susceptibilities(found[0], observables.block_losses(found[1], trace.observables))
     )
+
+
+def _worst_k(trace: Trace) -> float | None:
+    weights = observables.recorded(trace, "log_weight")
+    return None if weights is None else max((k for k in map(pareto_k, weights) if k is not None), default=None)
 
 
 def _other_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -18,6 +18,9 @@ MIN_DRAWS = 4
 #: A number from here on counts as infinite: it has diverged, and its powers would overflow.
 LARGEST = 1e60
 
+#: The fewest importance weights of which a fifth is a tail that ArviZ fits, and the shape of a tail that is beyond any fit.
+MIN_TAIL_DRAWS, HOPELESS_K = 25, 10.0
+
 #: Quantiles whose effective sample sizes the tail ESS is the smaller of.
 TAIL = (0.05, 0.95)
 
@@ -127,9 +130,20 @@ def rhat(draws: np.ndarray) -> float | None:
     return _number(load_arviz().rhat(draws, method="rank"))
 
 
-def pareto_k(log_weights: np.ndarray) -> float:
-    """k-hat of importance weights from their logarithms, (draws,): the shape of the generalised Pareto fitted to their tail."""
-    return float(_array_statistics().psislw(log_weights)[1])
+def pareto_k(log_weights: np.ndarray) -> float | None:
+    """k-hat of importance weights from their logarithms, (draws,): the shape of the generalised Pareto fitted to their tail.
+
+    None where they have no tail to fit: too few of them, or all within a factor e. `HOPELESS_K` where a few have all the weight,
+    so that the rest of the tail is zero beside them.
+    """
+    if len(log_weights) < MIN_TAIL_DRAWS or np.ptp(log_weights) == 0:
+        return None
+    # ArviZ 1.x takes the logarithms of likelihoods, whose inverses are the weights.
+    sign = 1 if load_arviz().__version__.startswith("0.") else -1
+    k = float(_array_statistics().psislw(sign * log_weights)[1])
+    if not np.isfinite(k):
+        return None if np.ptp(log_weights) < 1 else HOPELESS_K
+    return min(k, HOPELESS_K)
 
 
 def autocorr(draws: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.signal import lfilter
 
-from lambda_hat.llc import estimate, load_arviz, nbeta_sensitivity, rhat, running_llc, to_arviz
+from lambda_hat.llc import HOPELESS_K, autocorr, estimate, load_arviz, nbeta_sensitivity, pareto_k, rhat, running_llc, to_arviz
 from lambda_hat.trace import Trace
 
 NBETA, CHAINS, DRAWS = 100.0, 4, 1000
@@ -92,6 +92,34 @@ def test_running_llc_ends_at_the_estimate():
     assert np.isnan(errors[0])  # two draws give no error
     assert (means[-1], errors[-1]) == pytest.approx((pooled.llc, pooled.mcse))
     assert means[1] == pytest.approx(llc[:, :100].mean())
+
+
+@pytest.mark.parametrize("k", [0.3, 0.7, 1.2])
+def test_pareto_k(k):
+    """The k-th power of 1 / uniform has a Pareto tail of shape k; the fit's prior pulls it towards a half."""
+    tail, pull = 3 * np.sqrt(40_000), 10 / (10 + 3 * np.sqrt(40_000))
+    found = pareto_k(k * np.random.default_rng(0).exponential(size=40_000))
+    assert found == pytest.approx(k + pull * (0.5 - k), abs=3 * (1 + k) / np.sqrt(tail))
+
+
+@pytest.mark.parametrize(
+    ("log_weights", "expected"),
+    [
+        (np.arange(10.0), None),  # too few for a tail
+        (np.zeros(400), None),
+        (np.r_[np.zeros(399), 1e-7], None),
+        (np.r_[np.zeros(300), np.full(98, -1e9), 1e3, 1e3], HOPELESS_K),  # two draws have all the weight
+    ],
+)
+def test_weights_without_a_tail_that_can_be_fitted(log_weights, expected):
+    assert pareto_k(log_weights) == expected
+
+
+def test_autocorrelation_of_ar1():
+    """phi^k at lag k, within some four standard errors sqrt((1+phi^2) / (1-phi^2) / N)."""
+    phi, draws = 0.8, 40_000
+    found = autocorr(ar1(phi, (draws,), axis=0))
+    assert found[:20] == pytest.approx(phi ** np.arange(20), abs=4 * np.sqrt((1 + phi**2) / (1 - phi**2) / draws))
 
 
 @pytest.mark.parametrize("burnin", [0, 30])

@@ -93,7 +93,9 @@ def test_networks_of_every_library(make, library_promotion):
         np.testing.assert_allclose(wrapped.losses, loss_fn(params, BATCH), rtol=1e-5)
         moved = jax.tree.map(lambda x: x + np.float32(0.1), wrapped.params)
         expected = loss_fn(jax.tree.map(lambda x: x + 0.1 if _floats(x) else x, params), BATCH)
-        np.testing.assert_allclose(jax.jit(wrapped.objective.per_sample_loss)(moved, wrapped.dataset), expected, rtol=1e-5)
+        np.testing.assert_allclose(
+            jax.jit(wrapped.objective.per_sample_loss)(moved, wrapped.dataset), expected, rtol=1e-5, atol=1e-8
+        )
 
 
 def _floats(leaf):

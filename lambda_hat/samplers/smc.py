@@ -37,7 +37,7 @@ class SmcSpec(AdaptedSpec):
     num_burnin_steps: int = Field(300, ge=20, description="steps in which t reaches 1, none of which enters an estimate")
     num_draws: int = Field(400, ge=4, description="recorded draws per system, after burn-in")
     step_size: float = Field(0.3, gt=0, description="step size, in the particles' own widths, at which adaptation starts")
-    target_acceptance: float = Field(0.8, gt=0, lt=1, description="acceptance rate the step size is adapted to")
+    target_acceptance: float = Field(0.95, gt=0, lt=1, description="acceptance rate the step size is adapted to")
     num_particles: int = Field(32, ge=4, description="particles of a system")
     num_integration_steps: int = Field(5, ge=1, description="leapfrog steps per trajectory")
     target_ess: float = Field(0.6, gt=0, lt=1, description="share of the particles that stays effective as t rises")
