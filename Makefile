@@ -1,30 +1,31 @@
 # make run: the default experiment, from nothing. make test: the tests, from nothing.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 
 .PHONY: run test test-all test-faults lint constraints clean
-run: .venv/installed
+run: $(VENV)/installed
 	$(BIN)/python flows/sweep.py $(ARGS)
 
-test: .venv/installed lint
+test: $(VENV)/installed lint
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not faults" $(ARGS)
 
-test-all: .venv/installed lint
+test-all: $(VENV)/installed lint
 	$(BIN)/python -m pytest -m "not faults" $(ARGS)
 
 # Hundreds of kills, full disks, damaged files, ten thousand wrong inputs: an hour.
-test-faults: .venv/installed
+test-faults: $(VENV)/installed
 	$(BIN)/python -m pytest -m faults $(ARGS)
 
-lint: .venv/installed
+lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # Two steps, because pip refuses to install a folder where it checks hashes.
-.venv/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "lambda_hat needs Python 3.11 or newer; call make with PYTHON=python3.11")'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
@@ -34,23 +35,23 @@ constraints:
 	uv pip compile --universal --python-version 3.11 --generate-hashes --no-annotate --no-header --upgrade --extra dev pyproject.toml --output-file constraints.txt
 
 clean:
-	rm -rf .venv lambda_hat_store
+	rm -rf $(VENV) lambda_hat_store
 
 # The figures of docs/benchmarks.md.
 .PHONY: bench bench-accuracy bench-speed bench-memory bench-storage
 bench: bench-accuracy bench-speed bench-memory bench-storage
 	$(BIN)/python benchmarks/sweep_overhead.py
 
-bench-accuracy: .venv/installed
+bench-accuracy: $(VENV)/installed
 	$(BIN)/python benchmarks/accuracy.py
 	$(BIN)/python benchmarks/deep_linear.py
 
 # Installs devinterp and PyTorch in an environment of their own.
-bench-speed: .venv/installed
+bench-speed: $(VENV)/installed
 	$(BIN)/python benchmarks/speed.py $(ARGS)
 
-bench-memory: .venv/installed
+bench-memory: $(VENV)/installed
 	$(BIN)/python benchmarks/memory.py $(ARGS)
 
-bench-storage: .venv/installed
+bench-storage: $(VENV)/installed
 	$(BIN)/python benchmarks/storage.py $(ARGS)

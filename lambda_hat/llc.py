@@ -133,8 +133,8 @@ def rhat(draws: np.ndarray) -> float | None:
 def pareto_k(log_weights: np.ndarray) -> float | None:
     """k-hat of importance weights from their logarithms, (draws,): the shape of the generalised Pareto fitted to their tail.
 
-    None where they have no tail to fit: too few of them, or all within a factor e. `HOPELESS_K` where a few have all the weight,
-    so that the rest of the tail is zero beside them.
+    None where they have no tail to fit: too few of them, or all within a factor e. `HOPELESS_K` where a few have all the
+    weight, so that the rest of the tail is zero beside them.
     """
     if len(log_weights) < MIN_TAIL_DRAWS or np.ptp(log_weights) == 0:
         return None
