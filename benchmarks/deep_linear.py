@@ -82,8 +82,9 @@ def networks(name: str) -> Iterator[tuple[tuple[int, ...], int]]:
     size, layers, widths = CLASSES[name][:3]
     rng = np.random.default_rng(size)
     while True:
-        drawn = rng.integers(widths[0], widths[1] + 1, rng.integers(layers[0], layers[1] + 1) + 1)
-        rank = int(rng.integers(0, drawn.min() + 1))
+        count = int(rng.integers(layers[0], layers[1] + 1)) + 1
+        drawn = np.asarray(rng.integers(widths[0], widths[1] + 1, count))
+        rank = int(rng.integers(0, int(drawn.min()) + 1))
         if size / 2 <= np.sum(drawn[1:] * drawn[:-1]) <= 2 * size:
             yield tuple(int(width) for width in drawn), rank
 

@@ -106,8 +106,8 @@ def _estimates(
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> tuple[float, float]:
     """The ratio of the means and its jackknife standard error; infinite, and NaN, if the denominator's mean is not positive."""
     count = len(numerator)
-    if denominator.sum() <= 0:
+    above, below = float(numerator.sum()), float(denominator.sum())
+    if below <= 0:
         return math.inf, math.nan
-    ratio = numerator.sum() / denominator.sum()
-    without = (numerator.sum() - numerator) / (denominator.sum() - denominator)
-    return float(ratio), math.sqrt((count - 1) / count * float(np.sum(np.square(without - without.mean()))))
+    without = (above - numerator) / (below - denominator)
+    return above / below, math.sqrt((count - 1) / count * float(np.sum(np.square(without - without.mean()))))

@@ -210,4 +210,7 @@ def _common_rate(table: pd.DataFrame) -> float | None:
     """The learning rate of the lowest loss, on geometric average over the widths, of those at which no width diverged."""
     losses = over_seeds(table, "width", "eta").pivot(index="eta", columns="width", values="median")
     survived = losses[np.isfinite(losses).all(axis=1)]
-    return None if survived.empty else float(np.log(survived.clip(lower=np.finfo(float).tiny)).mean(axis=1).idxmin())
+    if survived.empty:
+        return None
+    mean = np.log(survived.clip(lower=np.finfo(float).tiny).to_numpy()).mean(axis=1)
+    return float(survived.index.to_numpy()[int(np.argmin(mean))])
