@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,13 +23,16 @@ from lambda_hat.plots import RUN_PLOTS, TARGET_PLOTS
 from lambda_hat.posterior import num_selected, select
 from lambda_hat.run import RunSpec, batches
 from lambda_hat.samplers import SamplerSpec
-from lambda_hat.sampling import Run, lane_width, sample_runs
+from lambda_hat.sampling import Run, evenly_spaced, lane_width, sample_runs
 from lambda_hat.settings import explain, nearest
 from lambda_hat.spec import InvalidInput
 from lambda_hat.target import TRAIN, DataSpec, TargetSpec, mean_loss_float64
 from lambda_hat.text import with_error
 from lambda_hat.trace import Trace
-from lambda_hat.wrap import LossFn, Wrapped, wrap, wrap_like
+from lambda_hat.wrap import LossFn, Wrapped, unweighted, wrap, wrap_like
+
+#: The arguments of `estimate_llc` but those that every call has.
+ARGUMENTS = ("weights", "nbeta", "localization", "metric", "parameters", "observables", "progress")
 
 #: What the library's fields are here, in what it says of them.
 OWN_WORDS = {
@@ -90,6 +94,11 @@ class LLCEstimate:
         return _own_words(self.diagnosis.remedy)
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What is not wrong and should be known: how much of the llc the prior holds, an unusual temperature."""
+        return tuple(map(_own_words, self.diagnosis.notes))
+
+    @property
     def trace(self) -> Any:
         """The draws for ArviZ: InferenceData (ArviZ 0.x) or DataTree (1.x)."""
         return to_arviz(self.draws, self.spec.nbeta)
@@ -114,8 +123,8 @@ class LLCEstimate:
         found = self.diagnosis
         ess = "none" if found.ess_bulk is None else f"{found.ess_bulk:.0f}"
         llc = f"llc {with_error(found.llc, found.mcse)} by {self.spec.sampler.kind}"
-        verdict = f"verdict: {self.verdict}" + (f"; {self.remedy}" if self.remedy else "")
-        return f"LLCEstimate({llc}, ESS {ess}, {found.seconds:.1f} s, {verdict})"
+        said = "; ".join(part for part in (f"verdict: {self.verdict}", self.remedy, *self.notes) if part)
+        return f"LLCEstimate({llc}, ESS {ess}, {found.seconds:.1f} s, {said})"
 
 
 def estimate_llc(
@@ -124,6 +133,7 @@ def estimate_llc(
     data: Any,
     sampler: str | SamplerSpec = "sgld",
     *,
+    weights: Any = None,
     nbeta: float | None = None,
     localization: float = 1.0,
     metric: Literal["relative", "euclidean"] = "relative",
@@ -135,15 +145,19 @@ def estimate_llc(
     """Estimates the local learning coefficient of a trained network at its parameters.
 
     llc = nbeta (E[L_n(w)] - L_n(w*)), w distributed as exp(-nbeta L_n(w) - localization/2 |u|^2), w = w* + scale * u.
-    A second call with the same function compiles nothing: pass a function that is defined once, not a new lambda each time.
+    A second call with the same function compiles nothing, unless what the function closes over has changed: pass one that is
+    defined once, not a new lambda each time.
 
     Args:
       loss_fn: (params, batch) -> the losses of the batch's samples, (B,); or their mean, (), which is then taken of one sample
         at a time and may be slower. A sample's loss must not depend on the others of its batch.
       params: w*, any pytree (Haiku, Flax, Equinox, plain dicts). Its floating arrays move, all float32 or all float64, in which
-        the sampling is done; all else stays.
+        the sampling is done, and Python floats in dicts, lists and tuples with them; all else stays, also the running
+        statistics of batch normalisation.
       data: any pytree of arrays whose first axis is the sample, such as (x, y): all the training data.
       sampler: "sgld", "sghmc", "sgnht", "mala", "hmc", "nuts", "mclmc", "adjusted_mclmc", "vi", "smc", or a spec of one.
+      weights: what the samples count, (n,), such as the numbers of tokens of rows or class weights: L_n(w) is then
+        sum_i weights_i l_i(w) / sum_i weights_i, and a loss_fn that returns a mean may weight it so; None = all the same.
       nbeta: n times the inverse temperature; None = n / log n.
       localization, metric, parameters: strength of the pull towards w*, the units it is measured in, and patterns of the names
         of the parameters that move, like "layers/0/*"; see `lambda_hat.posterior.PosteriorSpec`.
@@ -158,7 +172,9 @@ def estimate_llc(
     setting = {
         "sampler": sampler, "nbeta": nbeta, "localization": localization, "metric": metric, "parameters": parameters,
     }  # fmt: skip
-    return estimate_llcs(loss_fn, params, data, [setting | fields], observables=observables, progress=progress)[0]
+    return estimate_llcs(
+        loss_fn, params, data, [setting | fields], weights=weights, observables=observables, progress=progress
+    )[0]
 
 
 def estimate_llcs(
@@ -167,6 +183,7 @@ def estimate_llcs(
     data: Any,
     settings: Sequence[Mapping[str, Any]],
     *,
+    weights: Any = None,
     observables: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> list[LLCEstimate]:
@@ -180,15 +197,21 @@ def estimate_llcs(
     Raises:
       InvalidInput: as `estimate_llc`.
     """
-    wrapped = wrap(loss_fn, params, data)
+    wrapped = wrap(loss_fn, params, data, weights)
     followed = {name: wrap_like(name, part, data, wrapped) for name, part in (observables or {}).items()}
     names = () if observables is None else tuple(dict.fromkeys([TRAIN, *followed]))
+    if observables is not None:
+        followed.setdefault(TRAIN, unweighted(evenly_spaced(wrapped.dataset)))
     target = InMemorySpec(
         precision="float64" if wrapped.losses.dtype == np.float64 else "float32",
-        data=DataSpec(n_data=wrapped.dataset.num_data), content=_content(wrapped), observed=tuple(followed),
+        data=DataSpec(n_data=wrapped.dataset.num_data), content=_content(wrapped),
+        observed=tuple(name for name in followed if name != TRAIN),
     )  # fmt: skip
     specs = [_run_spec(target, observables=names, **setting) for setting in settings]
     nums_params = [_num_params(spec, wrapped) for spec in specs]
+    for doubt in dict.fromkeys(spec.posterior.doubt(wrapped.dataset.num_data) for spec in specs):
+        if doubt:
+            warnings.warn(_own_words(doubt), stacklevel=3)
     init_loss = _init_loss(wrapped)
     estimates: dict[int, LLCEstimate] = {}
     for batch in batches(specs):
@@ -201,7 +224,10 @@ def estimate_llcs(
                     metric=specs[batch[0]].metric, observables=followed, lanes=(range(len(indices)), width), progress=report,
                 )  # fmt: skip
             for index, trace in zip(indices, traces, strict=True):
-                metrics = {"init_loss": init_loss, "num_params": nums_params[index], "num_data": wrapped.dataset.num_data}
+                metrics = {
+                    "init_loss": init_loss, "num_params": nums_params[index], "num_data": wrapped.dataset.num_data,
+                    "loss_degree": wrapped.degree,
+                }  # fmt: skip
                 estimates[index] = LLCEstimate(diagnose(specs[index], trace, metrics), trace, specs[index])
     return [estimates[index] for index in range(len(specs))]
 
@@ -250,6 +276,13 @@ def _run_spec(
     }  # fmt: skip
     given = sampler.model_dump() if isinstance(sampler, SamplerSpec) else {"kind": sampler}
     kind = CLASSES["sampler"].get(str(given["kind"]))
+    if kind is not None:
+        known = {*ARGUMENTS, *kind.model_fields} - {"kind"}
+        for name in fields:
+            if name not in known:
+                raise InvalidInput(
+                    f"{name} is no argument of estimate_llc and no field of {given['kind']}. {nearest(name, known)}"
+                )
     if kind is not None and "batch_size" in kind.model_fields:
         given = {"batch_size": min(target.num_data, kind.model_fields["batch_size"].default)} | given
     content = {"target": target, "posterior": posterior, "sampler": given | fields | {"observables": observables}}

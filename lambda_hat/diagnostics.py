@@ -15,6 +15,7 @@ from lambda_hat import observables
 from lambda_hat.llc import (
     MIN_DRAWS,
     Estimate,
+    Sensitivity,
     estimate,
     finite_chains,
     llc_draws,
@@ -24,7 +25,7 @@ from lambda_hat.llc import (
     rhat,
 )
 from lambda_hat.observables import Measure
-from lambda_hat.remedies import remedies_for
+from lambda_hat.remedies import above_any_minimum, bounding_degree, remedies_for
 from lambda_hat.run import RunSpec
 from lambda_hat.target import TRAIN
 from lambda_hat.trace import Trace
@@ -41,6 +42,8 @@ LOW_QUANTILE = 0.10
 NUM_BLOCKS = 20
 #: Of nbeta_sensitivity and of the directions held by localisation: more than half is the prior's.
 OVER_LOCALIZED = 0.5
+#: Of the llc that the prior holds, from which it is said.
+PRIOR_SHARE = 0.1
 #: Vehtari et al. 2021. They ask for an ESS of at least 400 with it, where this is about R-hat's mean among chains that agree.
 MAX_RHAT = 1.01
 #: With fewer effective draws R-hat is above that by chance, so it must also be beyond this quantile among chains that agree.
@@ -102,7 +105,11 @@ class Diagnosis(Estimate):
       eval_every are not counted. seconds: of sampling, all of these included.
     compile_seconds: of compiling, not part of seconds.
     ess_per_fge, ess_per_second: with ess_bulk. work_normalized_variance: mcse^2 fge, the same however long the run.
+    prior_share: how much of the llc localisation holds back, 0 to 1: the smaller of nbeta_sensitivity and of the mean of
+      localization |u|^2 / d, which both are that in a regular model; flat directions raise the second, a run that has not
+      reached its posterior the first.
     findings: everything wrong, worst first. verdict, remedy: the first of them; "ok" and "" if there is none.
+    notes: what is not wrong and should be known, in sentences.
     """
 
     llc_per_chain: tuple[float | None, ...]
@@ -115,6 +122,7 @@ class Diagnosis(Estimate):
     relative_error: float | None
     nbeta_sensitivity: float | None
     nbeta_sensitivity_mcse: float | None
+    prior_share: float | None
     full_llc: float | None
     full_llc_mcse: float | None
     wbic: float | None
@@ -139,6 +147,7 @@ class Diagnosis(Estimate):
     verdict: str
     remedy: str
     findings: tuple[Finding, ...]
+    notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it: finite numbers, text, lists, objects and None; `Diagnosis.model_validate` reads it back."""
@@ -156,9 +165,7 @@ def diagnose(spec: RunSpec, trace: Trace, target_metrics: Mapping[str, Any]) -> 
     chains = tuple(estimate(trace, spec.nbeta, [c] if c in kept else []) for c in range(num_chains))
     pooled = estimate(trace, spec.nbeta, kept)
     llc = llc_draws(trace, spec.nbeta)[kept, trace.num_burnin_draws :]
-    # A draw of a system of particles is their mean, whose variance is not that of the loss.
-    averaged = hasattr(spec.sampler, "num_particles")
-    sensitivity = nbeta_sensitivity(llc, spec.sampler.num_steps_bw_draws) if len(kept) and not averaged else None
+    sensitivity = _sensitivity(spec, trace, llc) if len(kept) else None
     init_loss = target_metrics["init_loss"]
     init_loss = init_loss if init_loss is not None and math.isfinite(init_loss) else None
     true_text = target_metrics.get("true_llc")
@@ -176,6 +183,7 @@ def diagnose(spec: RunSpec, trace: Trace, target_metrics: Mapping[str, Any]) -> 
         relative_error=_ratio(None if pooled.llc is None or true_llc is None else pooled.llc - true_llc, true_llc),
         nbeta_sensitivity=None if sensitivity is None else sensitivity.value,
         nbeta_sensitivity_mcse=None if sensitivity is None else sensitivity.mcse,
+        prior_share=_prior_share(spec, trace, sensitivity, target_metrics["num_params"]),
         **_beyond_llc(spec, trace, pooled, init_loss),
         llc_by_dataset=_by_dataset(spec, trace),
         pareto_k=_worst_k(trace),
@@ -193,11 +201,48 @@ def diagnose(spec: RunSpec, trace: Trace, target_metrics: Mapping[str, Any]) -> 
         verdict="ok",
         remedy="",
         findings=(),
+        notes=(),
     )
-    verdicts = _verdicts(spec, trace, numbers)
-    remedies = remedies_for(spec, star_is_finite=numbers.init_loss is not None)
+    degree = bounding_degree(target_metrics.get("loss_degree", 2.0))
+    verdicts = _verdicts(spec, trace, numbers, degree)
+    remedies = remedies_for(spec, star_is_finite=numbers.init_loss is not None, degree=degree)
     findings = tuple(Finding(verdict=name, remedy=remedy) for name, remedy in remedies.items() if name in verdicts)
-    return numbers.model_copy(update={**dict(findings[0]), "findings": findings}) if findings else numbers
+    found = {**dict(findings[0]), "findings": findings} if findings else {}
+    return numbers.model_copy(update={**found, "notes": _notes(spec, numbers)})
+
+
+def verdict_text(verdict: str, prior_share: float | None) -> str:
+    """The verdict, with how much of the llc the prior holds where that is more than a tenth."""
+    return verdict if prior_share is None or prior_share <= PRIOR_SHARE else f"{verdict}, prior {prior_share:.0%}"
+
+
+def _notes(spec: RunSpec, numbers: Diagnosis) -> tuple[str, ...]:
+    notes = []
+    if numbers.prior_share is not None and numbers.prior_share > PRIOR_SHARE:
+        llc = (
+            f", which would be about {numbers.llc / (1 - numbers.prior_share):.3g} without localisation" if numbers.llc else ""
+        )
+        notes.append(f"the prior holds {numbers.prior_share:.0%} of the llc{llc}")
+    if doubt := spec.posterior.doubt(spec.target.num_data):
+        notes.append(doubt)
+    return tuple(notes)
+
+
+def _sensitivity(spec: RunSpec, trace: Trace, llc: np.ndarray) -> Sensitivity | None:
+    if hasattr(spec.sampler, "num_particles"):
+        return None  # a draw of a system of particles is their mean, whose variance is not that of the loss
+    squares = trace.posterior_draws("loss_square")[finite_chains(trace)].astype(np.float64) * spec.nbeta**2
+    return nbeta_sensitivity(llc, spec.sampler.num_steps_bw_draws, None if hasattr(spec.sampler, "batch_size") else squares)
+
+
+def _prior_share(spec: RunSpec, trace: Trace, sensitivity: Sensitivity | None, num_params: int) -> float | None:
+    """`Diagnosis.prior_share`; None where the sensitivity is not known, 0 where it is within its error of none."""
+    if sensitivity is None:
+        return None
+    if sensitivity.value - SIGN_ERRORS * sensitivity.mcse < 0:
+        return 0.0
+    held = spec.posterior.localization / num_params * trace.posterior_draws("squared_distance")[finite_chains(trace)]
+    return max(0.0, min(sensitivity.value, float(np.mean(held, dtype=np.float64))))
 
 
 def _beyond_llc(spec: RunSpec, trace: Trace, pooled: Estimate, init_loss: float | None) -> dict[str, float | None]:
@@ -278,8 +323,8 @@ def _ratio(value: float | None, by: float | None) -> float | None:
     return value / by if value is not None and by else None
 
 
-def _verdicts(spec: RunSpec, trace: Trace, numbers: Diagnosis) -> set[str]:
-    """Everything wrong with the run, as keys of `remedies_for`."""
+def _verdicts(spec: RunSpec, trace: Trace, numbers: Diagnosis, degree: float) -> set[str]:
+    """Everything wrong with the run, as keys of `remedies_for`. degree: with which the loss rises from w*."""
     if numbers.llc is None or numbers.acceptance_rate is None:  # both without a chain that is kept
         return {"diverged"}
     kept = finite_chains(trace)
@@ -294,7 +339,8 @@ def _verdicts(spec: RunSpec, trace: Trace, numbers: Diagnosis) -> set[str]:
         "temperature jumped": jumped,
         "divergent steps": not jumped and numbers.divergences > MAX_DIVERGENT * llc.size * spec.sampler.num_steps_bw_draws,
         "negative llc": numbers.llc + SIGN_ERRORS * error < 0,
-        "llc above d/2": numbers.llc - CLEAR_ERRORS * error > (1 + RELEVANT) * numbers.num_params / 2,
+        # A loss of degree k, L(w* + a v) ~ a^k, has an llc of at most d/k.
+        above_any_minimum(degree): numbers.llc - CLEAR_ERRORS * error > (1 + RELEVANT) * numbers.num_params / degree,
         "loss below w*": _below_star(llc, minibatches),
         "poor approximation": numbers.pareto_k is not None and numbers.pareto_k > MAX_PARETO_K,
         "losses disagree": _losses_disagree(spec, trace),

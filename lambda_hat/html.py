@@ -13,14 +13,14 @@ from typing import Any
 import jinja2
 
 from lambda_hat import __version__
-from lambda_hat.diagnostics import Diagnosis, Finding
+from lambda_hat.diagnostics import Diagnosis, Finding, verdict_text
 from lambda_hat.manifest import DIAGNOSIS_VERSION
 from lambda_hat.run import RunSpec
 from lambda_hat.spec import ALGORITHM_VERSION, dotted
 from lambda_hat.text import with_error
 
 #: Verdicts after which the number is no estimate; the others are warnings.
-WRONG = ("diverged", "nan chains", "temperature jumped", "negative llc", "llc above d/2", "loss below w*", "poor approximation")
+WRONG = ("diverged", "nan chains", "temperature jumped", "negative llc", "llc above", "loss below w*", "poor approximation")
 
 #: What made the numbers.
 VERSIONS = f"lambda_hat {__version__}, algorithms {ALGORITHM_VERSION}"
@@ -103,7 +103,7 @@ def page(template: str, **content: Any) -> str:
 
 def severity(verdict: str) -> str:
     """ "good", "bad" (the number is no estimate) or "doubtful"."""
-    return "good" if verdict == "ok" else "bad" if verdict in WRONG else "doubtful"
+    return "good" if verdict == "ok" else "bad" if verdict.startswith(WRONG) else "doubtful"
 
 
 def _run(run: ReportRun) -> dict[str, Any]:
@@ -119,7 +119,8 @@ def _run(run: ReportRun) -> dict[str, Any]:
     return {
         "id": run.spec.run_id, "target": run.label[0], "sampler": run.label[1], "plots": run.plots,
         "llc": {"text": with_error(found.llc, found.mcse), "value": _sortable(found.llc)},
-        "cells": cells, "verdict": found.verdict, "severity": severity(found.verdict), "findings": found.findings,
+        "cells": cells, "verdict": verdict_text(found.verdict, found.prior_share), "severity": severity(found.verdict),
+        "findings": found.findings, "notes": found.notes,
         "chains": found.chains, "datasets": found.llc_by_dataset, "beyond": beyond,
         "spec": run.spec, "config": dotted(run.spec.model_dump(mode="json", exclude={"target"})),
     }  # fmt: skip

@@ -180,7 +180,7 @@ def running_llc(llc: np.ndarray, counts: Sequence[int] | np.ndarray) -> tuple[np
     return np.array(means), np.array([np.nan if error is None else error for error in errors])
 
 
-def nbeta_sensitivity(llc: np.ndarray, num_steps_bw_draws: int) -> Sensitivity | None:
+def nbeta_sensitivity(llc: np.ndarray, num_steps_bw_draws: int, squares: np.ndarray | None = None) -> Sensitivity | None:
     """How the llc responds to nbeta: t = d log(llc) / d log(nbeta), 0 where the loss shapes the posterior, 1 where it does not.
 
     Of x = nbeta (L(w) - L(w*)) under exp(-x - localization/2 |w-w*|^2), d E[x] / d log(nbeta) = E[x] - Var[x], so
@@ -189,23 +189,23 @@ def nbeta_sensitivity(llc: np.ndarray, num_steps_bw_draws: int) -> Sensitivity |
     close to Gamma(llc) distributed and t = 0. On a quadratic with curvatures h, t is the mean of
     localization / (nbeta h + localization) weighted by each direction's share of the llc: flat directions have no share.
 
-    A draw of `num_steps_bw_draws` > 1 averages x over its steps, which lowers the variance. The variance of x itself is
-    recovered from the draws' lag-1 autocorrelation as for an AR(1) process. Minibatch noise raises the variance. Both err
-    towards a smaller t.
+    A draw of `num_steps_bw_draws` > 1 averages x over its steps, which lowers the variance. The variance of x itself is that of
+    the `squares`; without them, for the noise of minibatches would be in them, it is recovered from the draws' lag-1
+    autocorrelation as for an AR(1) process, which like what is left of the noise errs towards a smaller t.
 
     Args:
-      llc: draws of x after burn-in, (chains, draws).
+      llc: draws of x after burn-in, (chains, draws). squares: of x^2, averaged as x is.
 
     Returns:
       t and its Monte Carlo standard error; None where the llc is not positive or too few draws move.
     """
     mean = float(np.mean(llc))
-    squares = np.square(llc - mean)
-    error = mcse(squares)
+    deviations = np.square(llc - mean) if squares is None else squares - 2 * mean * llc + mean**2
+    error = mcse(deviations)
     if mean <= 0 or error is None or np.ptp(llc) == 0:
         return None
-    scale = _averaging_factor(llc, num_steps_bw_draws) / mean
-    return Sensitivity(1 - scale * float(np.mean(squares)), scale * error)
+    scale = (_averaging_factor(llc, num_steps_bw_draws) if squares is None else 1.0) / mean
+    return Sensitivity(1 - scale * float(np.mean(deviations)), scale * error)
 
 
 def _averaging_factor(draws: np.ndarray, k: int) -> float:

@@ -15,12 +15,18 @@ import numpy as np
 from pydantic import Field
 
 from lambda_hat.spec import InvalidInput, Spec
-from lambda_hat.target import Dataset, Objective, Params
+from lambda_hat.target import Dataset, Objective, Params, chunk_size
+from lambda_hat.text import listed, shortened
 
 #: Samples whose losses are computed at a time where all the data are used: bounds memory, and is plenty for speed.
 CHUNK_SAMPLES = 4096
-#: Samples from which the relative metric is measured.
-METRIC_SAMPLES = 256
+#: Samples from which the relative metric is measured, and the random directions along which its curvature is.
+METRIC_SAMPLES, METRIC_PROBES = 256, 4
+#: How many times as strongly as localisation of 1 the data must hold the directions they identify, at nbeta = n / log n.
+IDENTIFIED = 100.0
+
+#: Times by which nbeta may differ from n / log n without a word: beta = 1 and the usual scans of temperatures are within.
+FAR = 10.0
 
 Metric = Literal["euclidean", "relative"]
 
@@ -47,6 +53,16 @@ class PosteriorSpec(Spec):
     def resolve_nbeta(self, num_data: int) -> float:
         """nbeta, or the WBIC choice n / log n (Watanabe 2013)."""
         return num_data / math.log(num_data) if self.nbeta is None else self.nbeta
+
+    def doubt(self, num_data: int) -> str:
+        """What is odd about nbeta, in a sentence; "" where nothing is."""
+        usual = num_data / math.log(num_data)
+        if self.nbeta is None or usual / FAR <= self.nbeta <= usual * max(FAR, math.log(num_data)):
+            return ""
+        return (
+            f"posterior.nbeta is n times the inverse temperature beta, n / log n = {usual:.4g} where it is left out; got "
+            f"{self.nbeta:.4g}, as of beta = {self.nbeta / num_data:.2g}"
+        )
 
 
 class Posterior(NamedTuple):
@@ -97,8 +113,12 @@ Selection = tuple[str | None, ...]
 
 def tensor_names(params: Params) -> list[str]:
     """Names of the parameter tensors in the order of their leaves, like "hidden_0/w"."""
-    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
+    return [tensor_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+
+
+def tensor_name(path: tuple[Any, ...]) -> str:
+    """The name of the leaf at a path of JAX's keys."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def select(params: Params, patterns: Sequence[str]) -> Selection:
@@ -115,12 +135,13 @@ def select(params: Params, patterns: Sequence[str]) -> Selection:
         matched = [place for place, name in enumerate(names) if fnmatch.fnmatchcase(name, glob)]
         if not matched:
             raise InvalidInput(
-                f"Every pattern of posterior.parameters must name a parameter; got {pattern!r}. There are: {', '.join(names)}."
+                f"Every pattern of posterior.parameters must name a parameter; got {shortened(pattern)}. "
+                f"There are: {listed(names)}."
             )
         for place in matched:
             if selection[place] not in (None, index):
                 raise InvalidInput(
-                    f"posterior.parameters may name one part of a tensor; got two of {names[place]!r}: {', '.join(patterns)}. "
+                    f"posterior.parameters may name one part of a tensor; got two of {names[place]!r}: {listed(patterns)}. "
                     "Name the whole tensor or a range that holds both."
                 )
             try:
@@ -167,10 +188,11 @@ def to_params(position: jax.Array, params_star: Params, scales: Sequence[jax.Arr
 
 
 def reduce_chunks(function: Callable[[Dataset, jax.Array], Any], dataset: Dataset, losses: jax.Array, combine: Any) -> Any:
-    """`function` of (samples, their losses at w*) on CHUNK_SAMPLES at a time, under `combine` of (a full chunk's results, the
-    rest's): memory is bounded by a chunk's, in gradients too."""
-    n, size = losses.shape[0], CHUNK_SAMPLES
-    if n <= size:
+    """`function` of (samples, their losses at w*) on at most CHUNK_SAMPLES at a time, under `combine` of (the results of full
+    chunks, the rest's): memory is bounded by a chunk's, in gradients too."""
+    n = losses.shape[0]
+    size = chunk_size(n, CHUNK_SAMPLES)
+    if n == size:
         return function(dataset, losses)
     whole = n // size * size
 
@@ -213,25 +235,69 @@ def full_difference(objective: Objective, params: Params, centre: Centre) -> jax
     return total / centre.losses.shape[0]
 
 
-def relative_scales(objective: Objective, params: Params, dataset: Dataset) -> list[np.ndarray]:
+def relative_scales(objective: Objective, centre: Centre) -> list[np.ndarray]:
     """Units of each tensor's offsets in the relative metric, scalars.
 
     scale_t^2 = c / F_t, with F_t the mean square of the per-sample loss gradients in tensor t (the diagonal of the empirical
-    Fisher information, averaged) and log c the mean of log(rms_t^2 F_t) over all parameters, rms_t the root mean square of w*
-    in the tensor. A tensor that is multiplied by a has its F divided by a^2 and rms^2 multiplied by it: c stays and its scale
-    is multiplied by a, so a network whose layers are rescaled against each other has the same posterior of u.
+    Fisher information, averaged) and c the mean of rms_t^2 F_t over all parameters, rms_t the root mean square of w* in the
+    tensor. A tensor that is multiplied by a has its F divided by a^2 and rms^2 multiplied by it: c stays and its scale is
+    multiplied by a, so a network whose layers are rescaled against each other has the same posterior of u. A tensor near zero,
+    like an intercept, takes no more from c than its own share of the parameters.
     Where F is zero a tensor's unit is its rms; where that is zero too, 1.
+
+    A model whose parameters are all near zero is no smaller for it. So c is raised, where needed, until the data hold the
+    directions that they identify `IDENTIFIED` times as strongly as localisation of 1 does, at nbeta = n / log n.
     """
+    params, dataset = centre.params_star, centre.dataset
     fisher, rms2 = (np.asarray(values, np.float64) for values in jax.device_get(_mean_squares(objective, params, dataset)))
     sizes = np.asarray([leaf.size for leaf in jax.tree.leaves(params)])
     known = (fisher > 0) & np.isfinite(fisher)
-    informative = known & (rms2 > 0)
     scale2 = np.where(rms2 > 0, rms2, 1.0)
-    if informative.any():
-        logs = np.log(rms2[informative]) + np.log(fisher[informative])
-        scale2[known] = np.exp(np.average(logs, weights=sizes[informative])) / fisher[known]
-    dtype = jax.tree.leaves(params)[0].dtype
-    return [np.asarray(value, dtype) for value in np.sqrt(scale2)]
+    if (rms2[known] > 0).any():
+        scale2[known] = np.average((rms2 * fisher)[known], weights=sizes[known]) / fisher[known]
+    nbeta = PosteriorSpec().resolve_nbeta(dataset.num_data)
+    held = nbeta * _identified_curvature(objective, centre, np.sqrt(scale2), nbeta)
+    scale2[known] *= max(1.0, IDENTIFIED / held)
+    return [np.asarray(value, centre.losses.dtype) for value in np.sqrt(scale2)]
+
+
+def _identified_curvature(objective: Objective, centre: Centre, scales: np.ndarray, nbeta: float) -> float:
+    """tr(H^2) / tr(H), H the Hessian of L_n at w* with respect to u: the mean curvature of the directions of u, each weighted
+    by its own, so that flat ones do not count. Infinite where there is none.
+
+    H v is a difference of gradients at w* -+ a scale v, v of random signs. The amplitude a is where the loss of the
+    temperature nbeta tells w from w*, so that neither rounding nor the flatness of a singular w* at a point decides.
+    """
+    leaves, structure = jax.tree.flatten(centre.params_star)
+    rng = np.random.default_rng(0)
+    probes = [[scale * rng.choice([-1.0, 1.0], leaf.shape) for scale, leaf in zip(scales, leaves, strict=True)]
+              for _ in range(METRIC_PROBES)]  # fmt: skip
+
+    def product(probe: list[np.ndarray], amplitude: float) -> list[np.ndarray]:
+        """scale H scale v, for each tensor."""
+        ends = []
+        for sign in (1, -1):
+            moved = [leaf + (sign * amplitude * v).astype(leaf.dtype) for leaf, v in zip(leaves, probe, strict=True)]
+            gradient = params_gradient(objective, jax.tree.unflatten(structure, moved), centre)
+            ends.append([np.asarray(g, np.float64) for g in jax.tree.leaves(gradient)])
+        return [s * (p - m) / (2 * amplitude) for s, p, m in zip(scales, *ends, strict=True)]
+
+    for amplitude in 10.0 ** np.arange(-2, 13):
+        products = [product(probe, amplitude) for probe in probes]
+        along = sum(float(np.sum(v / s * h)) for probe, hv in zip(probes, products, strict=True)
+                    for v, s, h in zip(probe, scales, hv, strict=True))  # fmt: skip
+        square = sum(float(np.sum(np.square(h))) for hv in products for h in hv)
+        if not math.isfinite(square):
+            break
+        if nbeta * amplitude**2 / 2 * along / METRIC_PROBES >= 1:
+            return square / along
+    return math.inf
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def params_gradient(objective: Objective, params: Params, centre: Centre) -> Params:
+    """The gradient of L_n at `params`, which need not be those of `centre`, in bounded memory."""
+    return jax.grad(lambda params: full_difference(objective, params, centre))(params)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -241,7 +307,9 @@ def _mean_squares(objective: Objective, params: Params, dataset: Dataset) -> tup
     indices = jnp.arange(count) * dataset.num_data // count
 
     def add(total: Any, index: jax.Array) -> tuple[Any, None]:
-        gradient = jax.grad(lambda p: objective.per_sample_loss(p, dataset.take(index[None]))[0])(params)
+        # Of a batch of two copies: a loss that drops axes of length one would not know a batch of one sample.
+        twice = dataset.take(jnp.stack([index, index]))
+        gradient = jax.grad(lambda p: objective.per_sample_loss(p, twice)[0])(params)
         return [t + jnp.mean(jnp.square(g)) / count for t, g in zip(total, jax.tree.leaves(gradient), strict=True)], None
 
     leaves = jax.tree.leaves(params)
@@ -254,22 +322,25 @@ def make_centre(
 ) -> Centre:
     """What chains around `params_star` share, computed on the device."""
     params_star, dataset = jax.device_put((params_star, dataset))
-    dtype = jax.tree.leaves(params_star)[0].dtype
+    centre = euclidean_centre(objective, params_star, dataset)
     if metric == "relative":
-        scales = [jnp.asarray(scale) for scale in relative_scales(objective, params_star, dataset)]
-    else:
-        scales = [jnp.ones((), dtype) for _ in selection]
+        centre = centre._replace(scales=[jnp.asarray(scale) for scale in relative_scales(objective, centre)])
+    if not with_gradient:
+        return centre
+    gradient = jax.tree.leaves(params_gradient(objective, params_star, centre))
+    parts = [
+        scale * leaf[_index(index)].reshape(-1)
+        for leaf, scale, index in zip(gradient, centre.scales, selection, strict=True)
+        if index is not None
+    ]
+    return centre._replace(gradient=jnp.concatenate(parts))
+
+
+def euclidean_centre(objective: Objective, params_star: Params, dataset: Dataset) -> Centre:
+    """What is computed around `params_star` in the euclidean metric, without the gradient."""
     losses = compiled_losses(objective, params_star, dataset)
-    centre = Centre(params_star, scales, dataset, losses, jnp.zeros((), dtype))
-    return centre._replace(gradient=_star_gradient(objective, selection, centre)) if with_gradient else centre
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _star_gradient(objective: Objective, selection: Selection, centre: Centre) -> jax.Array:
-    def loss(position: jax.Array) -> jax.Array:
-        return full_difference(objective, centre.params(position, selection), centre)
-
-    return jax.grad(loss)(jnp.zeros(num_selected(centre.params_star, selection), centre.losses.dtype))
+    ones = [jnp.ones((), losses.dtype) for _ in jax.tree.leaves(params_star)]
+    return Centre(params_star, ones, dataset, losses, jnp.zeros((), losses.dtype))
 
 
 def make_posterior(

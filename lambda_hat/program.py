@@ -39,7 +39,7 @@ class Inputs(NamedTuple):
     centre: Centre
     lanes: Lanes
     chains: jax.Array
-    observed: Dataset
+    observed: Dataset | None
     observed_losses: jax.Array  # at w*
 
 
@@ -90,13 +90,14 @@ def make_program(objective: Objective, spec: SamplerSpec, selection: Selection, 
 
         return over_chains(of_chain, inputs)
 
-    def record(inputs: Inputs, state: Any, sums: Info, draw: jax.Array) -> dict[str, jax.Array]:
+    def record(inputs: Inputs, state: Any, sums: Info, squares: jax.Array, draw: jax.Array) -> dict[str, jax.Array]:
         """A draw's fields, each (lane, chain, ...), of the state after its last step and the sums over its steps."""
         position, centre = state.position, inputs.centre
         dim = position.shape[-1]
         count = min(dim, NUM_COORDINATES)
         fields = {
             "loss_difference": sums.loss_difference / spec.num_steps_bw_draws,
+            "loss_square": squares / spec.num_steps_bw_draws,
             "squared_distance": jnp.sum(jnp.square(position), axis=-1),
             "acceptance_rate": sums.acceptance_rate / spec.num_steps_bw_draws,
             "is_divergent": sums.is_divergent,
@@ -104,9 +105,10 @@ def make_program(objective: Objective, spec: SamplerSpec, selection: Selection, 
             "coordinates": position[..., np.arange(count) * dim // count],
         }
         fields |= {name: getattr(state, name) for name in algorithm.extras}
-        if inputs.observed_losses.size:
+        if inputs.observed is not None:
+            observed = inputs.observed
             fields["observed"] = jax.vmap(jax.vmap(
-                lambda u: objective.per_sample_loss(centre.params(u, selection), inputs.observed) - inputs.observed_losses
+                lambda u: objective.per_sample_loss(centre.params(u, selection), observed) - inputs.observed_losses
             ))(position)  # fmt: skip
         if eval_every:
             fields["full_difference"] = jax.lax.cond(
@@ -123,18 +125,18 @@ def make_program(objective: Objective, spec: SamplerSpec, selection: Selection, 
         zeros = jnp.zeros((lanes, inputs.chains.shape[0]), dtype)
 
         def step(carry: tuple, index: jax.Array) -> tuple[tuple, None]:
-            state, sums = carry
+            state, sums, squares = carry
 
             def of_chain(lane: Lanes, posterior: Posterior, chain: jax.Array, state: Any) -> tuple[Any, Info]:
                 return algorithm.step(chain_key(lane, chain, index), state, posterior, lane.numbers, index)
 
             state, info = over_chains(of_chain, inputs, state)
-            return (state, jax.tree.map(jnp.add, sums, info)), None
+            return (state, jax.tree.map(jnp.add, sums, info), squares + jnp.square(info.loss_difference)), None
 
         def steps(state: Any, draw: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
             indices = draw * spec.num_steps_bw_draws + jnp.arange(spec.num_steps_bw_draws, dtype=draw.dtype)
-            (state, sums), _ = jax.lax.scan(step, (state, Info(zeros, zeros, zeros, zeros)), indices)
-            return state, record(inputs, state, sums, draw)
+            (state, sums, squares), _ = jax.lax.scan(step, (state, Info(zeros, zeros, zeros, zeros), zeros), indices)
+            return state, record(inputs, state, sums, squares, draw)
 
         def draw(position: jax.Array, carry: tuple) -> tuple:
             state, buffer = carry

@@ -7,12 +7,25 @@ from typing import Any
 from lambda_hat.run import RunSpec
 from lambda_hat.samplers import AnySamplerSpec
 
+#: Measured degrees of a loss below this are of one with a kink at w*, and then as low as that of its sharpest directions.
+SMOOTH_DEGREE, KINK_DEGREE = 1.75, 1.0
 
-def remedies_for(spec: RunSpec, star_is_finite: bool) -> dict[str, str]:
+
+def bounding_degree(measured: float) -> float:
+    """The degree k for which d/k bounds the llc of a loss that rises from w* with the degree `measured`, on average."""
+    return 2.0 if measured > SMOOTH_DEGREE else min(measured, KINK_DEGREE)
+
+
+def above_any_minimum(degree: float) -> str:
+    """The verdict on an llc above d/k."""
+    return "llc above d/2" if degree == 2 else "llc above d" if degree == 1 else f"llc above d/{degree:.2g}"
+
+
+def remedies_for(spec: RunSpec, star_is_finite: bool, degree: float = 2.0) -> dict[str, str]:
     """The remedy for each verdict, worst verdict first.
 
     Args:
-      star_is_finite: whether the loss at w* is.
+      star_is_finite: whether the loss at w* is. degree: `bounding_degree` of the loss.
     """
     sampler = spec.sampler
     finer, or_faster = _finer(sampler), _or_faster(sampler)
@@ -32,7 +45,7 @@ def remedies_for(spec: RunSpec, star_is_finite: bool) -> dict[str, str]:
         "raise sampler.num_burnin_steps or sampler.num_particles",
         "divergent steps": f"the integrator fails in part of the posterior: {finer}, or raise posterior.localization",
         "negative llc": minimum,
-        "llc above d/2": f"no minimum has such a one: the steps are too coarse, {finer}; "
+        above_any_minimum(degree): f"no minimum has such a one: the steps are too coarse, {finer}; "
         "or draws leave w*, raise posterior.localization",
         "loss below w*": minimum,
         "poor approximation": "the posterior is no Gaussian of this kind, and the llc not the posterior's: "

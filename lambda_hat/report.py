@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lambda_hat.artifacts import sweep_id
+from lambda_hat.diagnostics import verdict_text
 from lambda_hat.manifest import run_address, sweep_address, target_address
 from lambda_hat.run import RunSpec, labels
 from lambda_hat.store import Store
@@ -38,7 +39,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             "FGE": _number(row.get("fge"), "{:,.0f}"),
             "seconds": _number(row.get("seconds"), "{:.1f}"),
             "status": row["status"],
-            "verdict": row["verdict"],
+            "verdict": verdict_text(row["verdict"], row.get("prior_share")),
         }
         for row in rows
     ]
@@ -49,10 +50,11 @@ def _number(value: float | None, form: str = "{:.6g}") -> str:
 
 
 def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table in aligned plain text, with each verdict but "ok" explained below it."""
+    """The table in aligned plain text, with each verdict but "ok", and what else should be known, explained below it."""
     remedies = Counter((row["verdict"], row.get("remedy") or "") for row in rows if row["verdict"] != "ok")
-    notes = [f"{verdict} ({count}): {remedy}" for (verdict, remedy), count in remedies.items()]
-    return "\n".join([aligned(table(rows)), *notes])
+    lines = [f"{verdict} ({count}): {remedy}" for (verdict, remedy), count in remedies.items()]
+    notes = Counter(note for row in rows for note in row.get("notes", ()))
+    return "\n".join([aligned(table(rows)), *lines, *(f"note ({count}): {note}" for note, count in notes.items())])
 
 
 def plan_table(specs: Sequence[RunSpec], store: Store) -> str:
@@ -72,7 +74,8 @@ def plan_table(specs: Sequence[RunSpec], store: Store) -> str:
         f"{len(specs)} runs of {len(targets)} targets, {built} of them built; "
         f"{work:,.0f} full-data gradient equivalents (FGE) to compute"
     )
-    return "\n".join([aligned(cells), total])
+    doubts = dict.fromkeys(spec.posterior.doubt(spec.target.num_data) for spec in specs)
+    return "\n".join([aligned(cells), total, *(f"note: {doubt}" for doubt in doubts if doubt)])
 
 
 def plot_places(specs: Sequence[RunSpec], store: Store) -> str:

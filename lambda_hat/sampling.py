@@ -127,8 +127,13 @@ def _sample_runs(
     dtype = centre.losses.dtype
     nbeta = np.asarray([run.posterior.resolve_nbeta(dataset.num_data) for run in by_lane])
     numbers = [run.sampler.numbers() for run in by_lane]
-    parts = [part.samples for part in observables.values()] or [{k: v[:0] for k, v in dataset.samples.items()}]
-    observed = Dataset(jax.tree.map(lambda *x: jnp.concatenate([jnp.asarray(v) for v in x]), *parts), centre.dataset.constants)
+    parts = [part.samples for part in observables.values()]
+    # No loss is called on no samples: not every one knows what to do with them.
+    observed, observed_losses = None, jnp.zeros(0, dtype)
+    if parts:
+        samples = jax.tree.map(lambda *x: jnp.concatenate([jnp.asarray(v) for v in x]), *parts)
+        observed = Dataset(samples, centre.dataset.constants)
+        observed_losses = compiled_losses(objective, centre.params_star, observed)
     inputs = Inputs(
         centre,
         Lanes(
@@ -141,9 +146,9 @@ def _sample_runs(
         ),
         jnp.arange(sampler.num_chains),
         observed,
-        compiled_losses(objective, centre.params_star, observed),
+        observed_losses,
     )
-    width = len(FIELDS) + NUM_COORDINATES + observed.num_data
+    width = len(FIELDS) + NUM_COORDINATES + len(observed_losses)
     draw_bytes = num_lanes * sampler.num_chains * width * dtype.itemsize
     buffer_draws = int(np.clip(BUFFER_BYTES // draw_bytes, 1, BUFFER_DRAWS))
     program = make_program(objective, sampler.static(), selection, buffer_draws)
@@ -273,6 +278,11 @@ def _observable(name: str, dataset: Dataset, observables: Mapping[str, Dataset])
             f"An observable must be one of the target's; got {name!r} in sampler.observables. "
             f"This target has: {', '.join([TRAIN, *observables])}."
         )
+    return evenly_spaced(dataset)
+
+
+def evenly_spaced(dataset: Dataset) -> Dataset:
+    """Up to `OBSERVABLE_SIZE` of its samples."""
     count = min(dataset.num_data, OBSERVABLE_SIZE)
     return dataset.take(np.arange(count) * dataset.num_data // count)
 

@@ -21,6 +21,7 @@ from pydantic_settings.exceptions import SettingsError
 
 from lambda_hat.overrides import NAME
 from lambda_hat.spec import InvalidInput, Precision
+from lambda_hat.text import shortened
 
 ENV_PREFIX = "LAMBDA_HAT_"
 ENV_FILE = "LAMBDA_HAT_SETTINGS"
@@ -199,9 +200,33 @@ def _check_environment() -> None:
             )
 
 
+#: What other programs and papers call our fields.
+OTHER_NAMES = {
+    "localization": ("localisation", "gamma", "elasticity"),
+    "nbeta": ("beta", "n_beta", "temperature", "inverse_temperature"),
+    "step_size": ("lr", "learning_rate", "epsilon", "eps", "stepsize"),
+    "num_draws": ("draws", "num_samples", "samples", "n_draws"),
+    "num_chains": ("chains", "n_chains"),
+    "num_burnin_steps": ("burnin", "burn_in", "num_burnin", "warmup", "num_warmup", "tune"),
+    "num_steps_bw_draws": ("thinning", "thin", "num_steps_between_draws"),
+    "seed": ("rng_key", "random_state", "init_seed"),
+    "weights": ("sample_weight", "sample_weights", "class_weights"),
+    "parameters": ("mask", "weight_restrictions", "param_names"),
+    "richness": ("gamma",),
+    "n_data": ("num_data", "num_samples", "n"),
+}
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
-    """The remedy for an unknown name: the nearest known one, or all of them; of very many, their first parts."""
+    """The remedy for an unknown name: what it is called here, the nearest known one, or all of them; of very many, their first
+    parts."""
     names = sorted(names)
+    last = name.rpartition(".")[2].lower()
+    ours = [known for known in names if last in OTHER_NAMES.get(known.rpartition(".")[2], ())]
+    if ours:
+        known = min(ours, key=lambda known: known.rpartition(".")[0] != name.rpartition(".")[0])
+        meaning = ", n times the inverse temperature" if known.endswith("nbeta") else ""
+        return f"Did you mean {known!r}{meaning}?"
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if close:
         return f"Did you mean {close[0]!r}?"
@@ -245,12 +270,13 @@ def explain(error: ValidationError, model: type[BaseModel], remedy: Callable[[st
         elif problem["type"] == "union_tag_not_found":
             rule = f" must name its {problem['ctx']['discriminator']}"
         elif problem["type"] == "union_tag_invalid":
-            rule = " must have {discriminator} one of {expected_tags}; got {tag!r}".format(**problem["ctx"])
+            rule = " must have {discriminator} one of {expected_tags}; got ".format(**problem["ctx"])
+            rule += shortened(problem["ctx"]["tag"])
         elif problem["type"] == "value_error":
             # Our own validators say what they received.
             rule = f": {problem['ctx']['error']}"
         else:
-            rule = f" {_rule(problem['msg'])}; got {problem['input']!r:.80}"
+            rule = f" {_rule(problem['msg'])}; got {shortened(problem['input'])}"
         rules.setdefault(where, []).append(rule)
     return InvalidInput("\n".join(f"{where}{' or'.join(rules[where])}. {remedies[where]}" for where in rules))
 

@@ -84,6 +84,12 @@ class TargetSpec(Spec):
         raise TypeError(f"{type(self).__name__} has no objective")
 
 
+def chunk_size(num_data: int, most: int) -> int:
+    """Samples in a chunk where all are cut into the fewest chunks of at most `most`: nearly equal ones, so that no loss is
+    called with a last few samples, on whose shape it may not work."""
+    return -(-num_data // -(-num_data // most))
+
+
 class Dataset(NamedTuple):
     """samples: arrays whose first axis is the sample, (n, ...); constants: arrays all samples share."""
 
@@ -102,8 +108,9 @@ class Dataset(NamedTuple):
         samples = {name: jnp.asarray(array).at[indices].get(**known) for name, array in self.samples.items()}
         return Dataset(samples, self.constants)
 
-    def chunks(self, size: int) -> Iterator[Dataset]:
-        """The samples in order, `size` at a time."""
+    def chunks(self, most: int) -> Iterator[Dataset]:
+        """The samples in order, at most `most` at a time."""
+        size = chunk_size(self.num_data, most)
         for start in range(0, self.num_data, size):
             part = {name: array[start : start + size] for name, array in self.samples.items()}
             yield Dataset(part, self.constants)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,36 +11,41 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lambda_hat.posterior import compiled_losses, tensor_names
+from lambda_hat.loss_checks import check_gradient, check_independence, check_losses, loss_degree
+from lambda_hat.posterior import compiled_losses
 from lambda_hat.spec import InvalidInput
 from lambda_hat.target import Dataset, Objective, Params
+from lambda_hat.text import listed
+from lambda_hat.user_arrays import WEIGHT, Leaf, parameter_leaves, sample_arrays, sample_weights
 
 #: (params, batch) -> the losses of the batch's samples, (B,), or their mean, ().
 LossFn = Callable[[Any, Any], jax.Array]
 
-#: Samples whose losses are computed together and one at a time, to see that they do not depend on one another; and how far the
-#: two may differ, relative to the largest and in nats. A loss of zero is all rounding.
-FEW, RELATIVE, ABSOLUTE = 8, 1e-2, 1e-4
+#: Samples of the batch on which a loss is traced, chosen at random.
+TRACED = 32
 
 
 class Wrapped(NamedTuple):
     """A problem in the library's terms.
 
-    params: the arrays that move, by name, all of one dtype. dataset: the data, and as constants the other arrays of the user's
-    params. losses: of the samples at params, (n,).
+    params: the arrays that move, by name, all of one dtype. dataset: the data with their weights, and as constants the other
+    arrays of the user's params. losses: of the samples at params, weighted, (n,). degree: that with which L_n rises from params
+    (`lambda_hat.loss_checks.loss_degree`).
     """
 
     objective: Objective
     params: dict[str, np.ndarray]
     dataset: Dataset
     losses: np.ndarray
+    degree: float
 
 
 class _Problem(NamedTuple):
     """A loss and how its own (params, batch) are put together again; hashable, so that equal ones share compiled programs.
 
     moves: each leaf's name in params, None if it stays. static: place and value of the leaves that are no arrays. keys: place
-    and kind of random keys.
+    and kind of random keys. copies: of a sample, in the batch of which a mean is its loss; 0 if the loss is of each sample.
+    program: a hash of what the loss is traced to, which holds whatever it closes over.
     """
 
     loss_fn: LossFn
@@ -48,82 +54,81 @@ class _Problem(NamedTuple):
     static: tuple[tuple[int, Hashable], ...]
     keys: tuple[tuple[int, str], ...]
     data_tree: Any
+    copies: int = 0
+    program: str = ""
 
     def together(self, params: Mapping[str, Any], dataset: Dataset) -> Any:
         """What loss_fn returns for all samples at once."""
         kept = dict(self.static) | {int(place): array for place, array in dataset.constants.items()}
         kept |= {place: jax.random.wrap_key_data(kept[place], impl=impl) for place, impl in self.keys}
         leaves = [kept[place] if name is None else params[name] for place, name in enumerate(self.moves)]
-        batch = [dataset.samples[str(place)] for place in range(len(dataset.samples))]
+        batch = [dataset.samples[str(place)] for place in range(self.data_tree.num_leaves)]
         return self.loss_fn(jax.tree.unflatten(self.params_tree, leaves), jax.tree.unflatten(self.data_tree, batch))
 
-    def apart(self, params: Mapping[str, Any], dataset: Dataset) -> Any:
-        """What it returns for each sample alone, along a first axis."""
+    def alone(self, params: Mapping[str, Any], dataset: Dataset) -> jax.Array:
+        """The loss of each sample, (B,), of a loss that returns means."""
 
         def of_one(sample: dict[str, jax.Array]) -> Any:
-            return self.together(params, Dataset({name: x[None] for name, x in sample.items()}, dataset.constants))
+            batch = {name: jnp.broadcast_to(x[None], (self.copies, *x.shape)) for name, x in sample.items()}
+            return jnp.reshape(self.together(params, Dataset(batch, dataset.constants)), ())
 
         return jax.vmap(of_one)(dataset.samples)
 
 
-def wrap(loss_fn: LossFn, params: Any, data: Any) -> Wrapped:
+def wrap(loss_fn: LossFn, params: Any, data: Any, weights: Any = None) -> Wrapped:
     """The problem as the library handles it, checked.
 
     Args:
       loss_fn: (params, batch) -> the losses of the batch's samples, (B,), or their mean, (). A mean is taken of one sample at a
         time, so that each has a loss of its own.
-      params: pytree. Its floating arrays move, named by their paths, "layers/0/w"; integers, booleans, random keys, functions
-        and Python numbers stay as they are.
+      params: pytree. Its floating arrays and Python floats move, named by their paths, "layers/0/w"; integers, booleans, random
+        keys, functions, running statistics of normalisation and the Python floats of Equinox modules stay as they are.
       data: pytree of arrays whose first axis is the sample, n >= 2; floating ones are taken in the dtype of params.
+      weights: of the samples, (n,), not negative: L_n(w) = sum_i weights_i l_i(w) / sum_i weights_i; None = all equal.
 
     Raises:
-      InvalidInput: one of them is not so, a loss is not finite, or a sample's loss depends on the others of its batch.
+      InvalidInput: one of them is not so, a loss or the gradient of their mean at params is not finite, or a sample's loss
+        depends on the others of its batch.
     """
-    leaves, tree = jax.tree.flatten(params)
-    names = [name or "value" for name in tensor_names(params)]
-    moves = [_is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
-    named = [(name, np.asarray(leaf)) for name, leaf, moving in zip(names, leaves, moves, strict=True) if moving]
-    star = dict(named)
-    _check_params([name for name, _ in named], star)
-
-    keys = {place: leaf for place, leaf in enumerate(leaves) if _is_key(leaf)}
-    stays = {place: leaf for place, leaf in enumerate(leaves) if _is_array(leaf) and not moves[place]}
-    stays |= {place: jax.random.key_data(key) for place, key in keys.items()}
+    leaves = parameter_leaves(params)
+    star = {leaf.name: leaf.moves for leaf in leaves if leaf.moves is not None}
+    dtype = next(iter(star.values())).dtype
+    samples = sample_arrays("data", data, dtype, 2)
+    samples |= sample_weights(weights, len(samples["0"]), dtype)
+    dataset = Dataset(samples, {str(place): leaf.stays for place, leaf in enumerate(leaves) if leaf.stays is not None})
     problem = _Problem(
-        loss_fn,
-        tree,
-        tuple(name if moving else None for name, moving in zip(names, moves, strict=True)),
-        tuple((place, leaf) for place, leaf in enumerate(leaves) if not moves[place] and place not in stays),
-        tuple((place, str(jax.random.key_impl(key))) for place, key in keys.items()),
+        _unjitted(loss_fn),
+        jax.tree.structure(params),
+        tuple(None if leaf.moves is None else leaf.name for leaf in leaves),
+        tuple((place, leaf.static) for place, leaf in enumerate(leaves) if leaf.moves is None and leaf.stays is None),
+        tuple((place, leaf.key_impl) for place, leaf in enumerate(leaves) if leaf.key_impl is not None),
         jax.tree.structure(data),
     )
-    try:
-        hash(problem)
-    except TypeError as error:
-        raise InvalidInput(
-            f"loss_fn, and what is no array in params, must be hashable; got {error}. Pass a function as loss_fn, and let it "
-            "close over the rest."
-        ) from None
-    dtype = next(iter(star.values())).dtype
-    dataset = Dataset(_samples("data", data, dtype, 2), {str(place): np.asarray(leaf) for place, leaf in stays.items()})
+    _check_hashable(problem)
     with jax.enable_x64(dtype == np.float64):
-        few = Dataset({name: array[:FEW] for name, array in dataset.samples.items()}, dataset.constants)
-        objective = _objective(problem, _is_mean(problem, star, few))
+        few = dataset.take(np.random.default_rng(0).permutation(dataset.num_data)[:TRACED])
+        text, is_mean = _traced(problem, star, few)
+        _check_settings(problem, leaves, star, few, text)
+        copies = _copies(problem, star, few) if is_mean else 0
+        problem = problem._replace(copies=copies, program=hashlib.sha256(text.encode()).hexdigest())
+        objective = _objective(problem)
         losses = np.asarray(compiled_losses(objective, star, dataset))
-        _check_losses(losses)
+        check_losses(losses)
         with jax.default_matmul_precision("highest"):
-            _check_independence(*_together_and_apart(problem, star, few))
-    return Wrapped(objective, star, dataset, losses)
+            check_gradient(objective, star, dataset)
+            check_independence(objective, problem.together if is_mean else None, star, dataset, "f16>" in text)
+            degree = loss_degree(objective, star, dataset, losses)
+    return Wrapped(objective, star, dataset, losses, degree)
 
 
 def wrap_like(name: str, data: Any, like: Any, wrapped: Wrapped) -> Dataset:
-    """The observable `name`: data for the same loss as those that `wrapped` was made of, `like`.
+    """The observable `name`: data for the same loss as those that `wrapped` was made of, `like`, without weights.
 
     Raises:
       InvalidInput: they are of other arrays.
     """
-    samples = _samples(f"the observable {name!r}", data, next(iter(wrapped.params.values())).dtype, 1)
-    new, old = ([array.shape for array in of.values()] for of in (samples, wrapped.dataset.samples))
+    samples = sample_arrays(f"the observable {name!r}", data, next(iter(wrapped.params.values())).dtype, 1)
+    new, old = ([array.shape for array in of.values()] for of in (samples, unweighted(wrapped.dataset).samples))
     trees: list[Any] = [jax.tree.structure(data), jax.tree.structure(like)]
     if trees[0] != trees[1] or [shape[1:] for shape in new] != [shape[1:] for shape in old]:
         raise InvalidInput(
@@ -133,55 +138,35 @@ def wrap_like(name: str, data: Any, like: Any, wrapped: Wrapped) -> Dataset:
     return Dataset(samples, wrapped.dataset.constants)
 
 
-def _is_array(leaf: Any) -> bool:
-    """Whether it is an array of numbers: no random keys, no objects."""
-    array = isinstance(leaf, np.ndarray | np.generic | jax.Array)
-    return array and (jnp.issubdtype(leaf.dtype, np.number) or leaf.dtype == np.bool_)
+def unweighted(dataset: Dataset) -> Dataset:
+    """The samples with their own losses."""
+    return Dataset({name: array for name, array in dataset.samples.items() if name != WEIGHT}, dataset.constants)
 
 
-def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+def _unjitted(loss_fn: LossFn) -> LossFn:
+    """The function inside one that is jitted, by JAX or Equinox, which would keep what it closed over at its first call."""
+    return getattr(loss_fn, "__wrapped__", loss_fn) if hasattr(loss_fn, "lower") else loss_fn
 
 
-def _check_params(names: list[str], star: dict[str, np.ndarray]) -> None:
-    dtypes = sorted({leaf.dtype.name for leaf in star.values()})
-    if dtypes not in (["float32"], ["float64"]):
+def _check_hashable(problem: _Problem) -> None:
+    try:
+        hash(problem)
+    except TypeError as error:
         raise InvalidInput(
-            f"The floating arrays of params must be all float32 or all float64; got {' and '.join(dtypes) or 'none'}. "
-            "Convert them with jax.tree.map."
-        )
-    if len(names) > len(star):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise InvalidInput(f"Each array of params must have a path of its own; got two named {twice!r}. Rename a key.")
-    bad = [name for name, leaf in star.items() if not np.isfinite(leaf).all()]
-    if bad:
-        raise InvalidInput(f"params must be finite; got NaN or infinity in {', '.join(bad)}. Train with a lower learning rate.")
+            f"loss_fn, and what is no array in params, must be hashable; got {error}. Pass a function as loss_fn, and let it "
+            "close over the rest."
+        ) from None
 
 
-def _samples(what: str, data: Any, dtype: np.dtype, least: int) -> dict[str, np.ndarray]:
-    leaves = jax.tree.leaves(data)
-    wrong = [type(leaf).__name__ for leaf in leaves if not _is_array(leaf) or np.ndim(leaf) == 0]
-    if wrong or not leaves:
-        raise InvalidInput(
-            f"The leaves of {what} must be arrays of numbers whose first axis is the sample; got {', '.join(wrong) or 'none'}. "
-            "Pass arrays, like (x, y), and let loss_fn close over what the samples share."
-        )
-    lengths = sorted({len(leaf) for leaf in leaves})
-    if len(lengths) > 1 or lengths[0] < least:
-        raise InvalidInput(
-            f"The arrays of {what} must have one first axis, of {least} or more samples; "
-            f"got {' and '.join(map(str, lengths))}. Let loss_fn close over what the samples share."
-        )
-    arrays = [np.asarray(leaf) for leaf in leaves]
-    return {
-        str(place): array.astype(dtype, copy=False) if jnp.issubdtype(array.dtype, jnp.floating) else array
-        for place, array in enumerate(arrays)
-    }
+def _traced(problem: _Problem, params: dict[str, np.ndarray], few: Dataset) -> tuple[str, bool]:
+    """The program that the loss is now, whatever it was at an earlier call, as text that holds the values of all it closes
+    over; and whether the loss is a mean, by its shape.
 
-
-def _is_mean(problem: _Problem, params: dict[str, np.ndarray], few: Dataset) -> bool:
-    """Whether the loss is a mean, by its shape."""
-    found = jax.eval_shape(problem.together, params, few)
+    Raises:
+      InvalidInput: it returns something else.
+    """
+    lowered = jax.jit(lambda params, few: problem.together(params, few)).lower(params, few)
+    found = lowered.out_info
     shape = getattr(found, "shape", None)
     if shape not in ((), (few.num_data,)) or not jnp.issubdtype(found.dtype, jnp.floating):
         got = type(found).__name__ if shape is None else f"shape {shape} of {found.dtype}"
@@ -189,43 +174,44 @@ def _is_mean(problem: _Problem, params: dict[str, np.ndarray], few: Dataset) -> 
             "loss_fn(params, batch) must return the losses of the batch's samples, (B,), or their mean, (), as floating "
             f"numbers; of {few.num_data} samples it returned {got}. Return that one array."
         )
-    return shape == ()
+    return lowered.as_text(), shape == ()
+
+
+def _copies(problem: _Problem, params: dict[str, np.ndarray], few: Dataset) -> int:
+    """Copies of a sample that are the smallest batch on which a loss that returns means works: one, or two where it drops axes
+    of length one."""
+    try:
+        jax.eval_shape(lambda params, few: problem._replace(copies=1).alone(params, few), params, few)
+    except Exception:  # whatever the user's code raises on a batch of one
+        return 2
+    return 1
+
+
+def _check_settings(problem: _Problem, leaves: list[Leaf], params: dict[str, np.ndarray], few: Dataset, text: str) -> None:
+    """Refuses Python floats of Equinox modules that the loss depends on: whether they were trained is not known."""
+    settings = {place: leaf for place, leaf in enumerate(leaves) if leaf.is_setting}
+    others = {place: 1.5 * leaf.static + 0.1 for place, leaf in settings.items() if isinstance(leaf.static, float)}
+    changed = tuple((place, others.get(place, value)) for place, value in problem.static)
+    try:
+        depends = bool(settings) and _traced(problem._replace(static=changed), params, few)[0] != text
+    except Exception:  # of the user's code, which does not bear another number there
+        depends = True
+    if depends:
+        raise InvalidInput(
+            "The Python floats of Equinox modules are no parameters for Equinox, and the loss must not depend on them; got "
+            f"{listed([f'{leaf.name} = {leaf.static}' for leaf in settings.values()])}. Make those that were trained arrays, "
+            "with jnp.asarray, and the others static fields, with eqx.field(static=True)."
+        )
 
 
 @functools.lru_cache(maxsize=64)
-def _objective(problem: _Problem, is_mean: bool) -> Objective:
+def _objective(problem: _Problem) -> Objective:
     """The same object for equal problems, so that another estimate compiles nothing."""
-    losses = problem.apart if is_mean else problem.together
+    of_samples = problem.alone if problem.copies else problem.together
 
     def per_sample_loss(params: Params, dataset: Dataset) -> jax.Array:
         # In the dtype it is called with: the loss at w* is measured in float64 whatever the dtype of the sampling.
-        return losses(params, dataset).astype(jax.tree.leaves(params)[0].dtype)
+        losses = of_samples(params, unweighted(dataset)).astype(jax.tree.leaves(params)[0].dtype)
+        return losses * dataset.samples[WEIGHT].astype(losses.dtype) if WEIGHT in dataset.samples else losses
 
     return Objective(per_sample_loss)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _together_and_apart(problem: _Problem, params: dict[str, np.ndarray], few: Dataset) -> tuple[jax.Array, jax.Array]:
-    return problem.together(params, few), jnp.ravel(problem.apart(params, few))
-
-
-def _check_losses(losses: np.ndarray) -> None:
-    bad = np.flatnonzero(~np.isfinite(losses))
-    if len(bad):
-        raise InvalidInput(
-            f"loss_fn must be finite at params; got {losses[bad[0]]} for {len(bad)} of {len(losses)} samples, first for sample "
-            f"{bad[0]}. Look at that sample, or train with a lower learning rate."
-        )
-
-
-def _check_independence(together: jax.Array, apart: jax.Array) -> None:
-    both, alone = (np.atleast_1d(np.asarray(losses, np.float64)) for losses in (together, apart))
-    if together.ndim == 0:
-        alone = np.mean(alone, keepdims=True)
-    worst = np.argmax(np.abs(both - alone))
-    if np.abs(both - alone)[worst] > ABSOLUTE + RELATIVE * np.max(np.abs(alone)):
-        raise InvalidInput(
-            "A sample's loss must not depend on the rest of its batch, and a scalar loss must be the mean over it; got "
-            f"{both[worst]:.4g} for a batch of {len(apart)} and {alone[worst]:.4g} one at a time. Evaluate the network as it "
-            "is used (no dropout, batch normalisation by its running averages), and take the mean of the losses."
-        )

@@ -21,7 +21,8 @@ def trace_of(llc, burnin=0, squared_distance=None, acceptance_rate=0.9, is_diver
     fields = {"acceptance_rate": acceptance_rate, "is_divergent": is_divergent, "work": 10.0}
     fields["squared_distance"] = 0.1 if squared_distance is None else squared_distance
     draws = {name: np.broadcast_to(value, llc.shape).astype(np.float64) for name, value in fields.items()}
-    return Trace(draws | {"loss_difference": llc / NBETA} | more, burnin, {"compile": 2.0, "sampling": 4.0}, observables or {})
+    draws |= {"loss_difference": llc / NBETA, "loss_square": np.square(llc / NBETA)}
+    return Trace(draws | more, burnin, {"compile": 2.0, "sampling": 4.0}, observables or {})
 
 
 def iid(seed=0, shape=(CHAINS, DRAWS), llc=5.0):
@@ -79,9 +80,13 @@ def test_nbeta_sensitivity_of_a_quadratic(localization, k):
     """t = localization / (nbeta h + localization) for equal curvatures, also from averages over k correlated steps."""
     llc, _ = gaussian(np.full(10, 0.5), localization, (CHAINS, 1000 * k), phi=0.9)
     averages = llc.reshape(CHAINS, 1000, k).mean(axis=2)
+    exact = localization / (NBETA * 0.5 + localization)
+    squares = np.square(llc).reshape(CHAINS, 1000, k).mean(axis=2)
+    value, mcse = nbeta_sensitivity(averages, k, squares)
+    assert value == pytest.approx(exact, abs=4 * mcse)
+    assert mcse < 0.15
     value, mcse = nbeta_sensitivity(averages, k)
     # The factor recovered from the lag-1 autocorrelation of 4000 draws is known to some 3 %.
-    exact = localization / (NBETA * 0.5 + localization)
     assert value == pytest.approx(exact, abs=4 * np.hypot(mcse, 0.03 * (1 - exact)))
 
 

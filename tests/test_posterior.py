@@ -11,6 +11,7 @@ from test_samplers import quadratic
 from lambda_hat import posterior as posterior_module
 from lambda_hat.posterior import (
     PosteriorSpec,
+    euclidean_centre,
     full_difference,
     make_centre,
     make_posterior,
@@ -185,10 +186,22 @@ def test_relative_posterior_is_that_of_the_rescaled_network(factor):
     assert densities[1] == pytest.approx(float(densities[0]), rel=1e-9)
 
 
-def test_relative_scales_by_hand():
-    """One tensor: scale^2 = c / F with log c = log(rms^2 F), so the scale is its rms; so it is of a dead one."""
+def test_relative_scales_by_hand(monkeypatch):
+    """One tensor: scale^2 = c / F with c = rms^2 F, so the scale is its rms; so it is of a dead one."""
     params, dataset = relu_problem()
     dead = {"alive": params["w2"], "dead": np.full(3, 0.2), "zero": np.zeros(2)}
     alive_only = Objective(lambda p, d: jnp.square(d.samples["x"][:, :1] @ p["alive"][None, :1] - 1.0)[:, 0])
-    scales = relative_scales(alive_only, dead, dataset)
+    monkeypatch.setattr(posterior_module, "IDENTIFIED", 0.0)
+    scales = relative_scales(alive_only, euclidean_centre(alive_only, dead, dataset))
     np.testing.assert_allclose(scales, [np.sqrt(np.mean(params["w2"] ** 2)), 0.2, 1.0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-12, 1e-3, 1.0, 1e6])
+def test_small_parameters_are_held_by_the_data(size):
+    """L = h (w - w*)^2 / 2: nbeta h scale^2 is 100, or more where w* is large; of w* = 0 the unit is 1 to begin with."""
+    h, nbeta = 400.0, 400 / np.log(400)
+    objective = Objective(lambda p, d: 0.5 * h * jnp.square(p["w"] - size - d.samples["e"]))
+    noise = 0.1 * np.random.default_rng(0).standard_normal(400)
+    dataset, star = Dataset({"e": noise - noise.mean()}, {}), {"w": np.asarray(size)}
+    (scale,) = relative_scales(objective, euclidean_centre(objective, star, dataset))
+    assert nbeta * h * scale**2 == pytest.approx(max(100, nbeta * h * (size or 1.0) ** 2), rel=1e-6)

@@ -128,7 +128,7 @@ def test_what_is_no_floating_array_stays():
         return scale * jnp.square(p.activation(batch[0]) @ jnp.where(p.mask, p.w, 0.0))
 
     wrapped = wrap(loss_fn, params, DATA)
-    assert list(wrapped.params) == ["w"]
+    assert list(wrapped.params) == ["w", "rate"]
     np.testing.assert_allclose(wrapped.losses, loss_fn(params, DATA), rtol=1e-12)
     again = wrap(loss_fn, params._replace(w=STAR + 1, key=jax.random.key(8)), DATA)
     assert again.objective is wrapped.objective, "its programs are compiled already"
@@ -196,12 +196,12 @@ def batch_normalised(params, batch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"loss_fn": of_losses(lambda loss: loss[:, None])}, r"of 8 samples it returned shape \(8, 1\) of float64"),
-        ({"loss_fn": of_losses(lambda loss: (jnp.mean(loss), loss))}, "of 8 samples it returned tuple"),
-        ({"loss_fn": of_losses(lambda loss: (loss > 0).astype(int))}, r"as floating numbers; of 8 samples .* int64"),
+        ({"loss_fn": of_losses(lambda loss: loss[:, None])}, r"of 32 samples it returned shape \(32, 1\) of float64"),
+        ({"loss_fn": of_losses(lambda loss: (jnp.mean(loss), loss))}, "of 32 samples it returned tuple"),
+        ({"loss_fn": of_losses(lambda loss: (loss > 0).astype(int))}, r"as floating numbers; of 32 samples .* int64"),
         ({"loss_fn": nan_at_17}, "loss_fn must be finite at params; got nan for 1 of 50 samples, first for sample 17"),
         ({"loss_fn": batch_normalised}, "must not depend on the rest of its batch"),
-        ({"loss_fn": of_losses(jnp.sum)}, "a scalar loss must be the mean"),
+        ({"loss_fn": of_losses(jnp.sum)}, "A scalar loss must be the mean"),
         ({"params": {"a": STAR, "b": STAR.astype(np.float32)}}, "all float32 or all float64; got float32 and float64"),
         ({"params": {"a": jnp.asarray(STAR, jnp.bfloat16)}}, "got bfloat16. Convert"),
         ({"params": {"n": np.arange(3)}}, "got none"),

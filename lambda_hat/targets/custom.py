@@ -24,15 +24,16 @@ from lambda_hat.target import (
     mean_loss_float64,
     num_params,
 )
+from lambda_hat.text import shortened
 from lambda_hat.wrap import Wrapped, wrap
 
 
 class CustomSpec(TargetSpec):
     """A user's own target: an import path to a function that returns loss, parameters and data.
 
-    `package.module:function`, called with `arguments` (and `seed`, if it takes one), returns (loss_fn, params, data) as
-    `lambda_hat.wrap.wrap` takes them, floating arrays of any precision; params are w*, and not trained further. Its source is
-    not part of the id: change `version` when results change.
+    `package.module:function`, called with `arguments` (and `seed`, if it takes one), returns (loss_fn, params, data), or with
+    the samples' weights as a fourth, as `lambda_hat.wrap.wrap` takes them, floating arrays of any precision; params are w*, and
+    not trained further. Its source is not part of the id: change `version` when results change.
     """
 
     family: Literal["custom"] = "custom"
@@ -53,7 +54,7 @@ class CustomSpec(TargetSpec):
             )
         metrics = {
             "init_loss": mean_loss_float64(wrapped.objective, wrapped.params, wrapped.dataset),
-            "num_params": num_params(wrapped.params), "num_data": wrapped.dataset.num_data,
+            "num_params": num_params(wrapped.params), "num_data": wrapped.dataset.num_data, "loss_degree": wrapped.degree,
         }  # fmt: skip
         return Target(self, wrapped.params, wrapped.dataset, metrics)
 
@@ -81,13 +82,18 @@ def _call(path: str, version: str, arguments: str, seed: int, precision: Precisi
             keywords.setdefault("seed", seed)
         signature.bind(**keywords)
     except TypeError as error:
-        raise InvalidInput(f"arguments must be those of {path}; got {keywords}: {error}. Set target.arguments.") from None
+        raise InvalidInput(
+            f"arguments must be those of {path}; got {shortened(keywords)}: {error}. Set target.arguments."
+        ) from None
     with jax.enable_x64(precision == "float64"):
         returned = function(**keywords)
-        if not isinstance(returned, tuple) or len(returned) != 3:
-            raise InvalidInput(f"{path} must return (loss_fn, params, data); got {type(returned).__name__}. Return the three.")
-        loss_fn, params, data = returned
-        return wrap(loss_fn, jax.tree.map(lambda leaf: _cast(leaf, precision), params), data)
+        if not isinstance(returned, tuple) or len(returned) not in (3, 4):
+            raise InvalidInput(
+                f"{path} must return (loss_fn, params, data), or with weights as a fourth; got {type(returned).__name__}. "
+                "Return the three."
+            )
+        loss_fn, params, data, *weights = returned
+        return wrap(loss_fn, jax.tree.map(lambda leaf: _cast(leaf, precision), params), data, *weights)
 
 
 def _cast(leaf: Any, precision: Precision) -> Any:
