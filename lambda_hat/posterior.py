@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
 import math
@@ -300,16 +301,29 @@ def params_gradient(objective: Objective, params: Params, centre: Centre) -> Par
     return jax.grad(lambda params: full_difference(objective, params, centre))(params)
 
 
+def fewest_copies(try_with: Callable[[int], Any]) -> int:
+    """Copies of a sample that are the smallest batch on which a loss works, where the loss of that sample alone is wanted: more
+    than one if it drops axes of length one or cuts its batch into parts."""
+    for copies in (1, 2, 4, 8, 16):
+        with contextlib.suppress(Exception):  # whatever a user's code raises
+            try_with(copies)
+            return copies
+    return 32
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _mean_squares(objective: Objective, params: Params, dataset: Dataset) -> tuple[list, list]:
     """For each tensor: the mean squares of per-sample gradients, on evenly spaced samples, and of w*."""
     count = min(dataset.num_data, METRIC_SAMPLES)
     indices = jnp.arange(count) * dataset.num_data // count
 
+    def of_one(params: Params, index: jax.Array, copies: int) -> jax.Array:
+        return objective.per_sample_loss(params, dataset.take(jnp.broadcast_to(index, copies)))[0]
+
+    copies = fewest_copies(lambda copies: jax.eval_shape(functools.partial(of_one, copies=copies), params, indices[0]))
+
     def add(total: Any, index: jax.Array) -> tuple[Any, None]:
-        # Of a batch of two copies: a loss that drops axes of length one would not know a batch of one sample.
-        twice = dataset.take(jnp.stack([index, index]))
-        gradient = jax.grad(lambda p: objective.per_sample_loss(p, twice)[0])(params)
+        gradient = jax.grad(of_one)(params, index, copies)
         return [t + jnp.mean(jnp.square(g)) / count for t, g in zip(total, jax.tree.leaves(gradient), strict=True)], None
 
     leaves = jax.tree.leaves(params)

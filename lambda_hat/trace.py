@@ -20,8 +20,8 @@ class Trace:
 
     draws: arrays that begin (num_chains, num_burnin_draws + num_draws, ...), in the run's dtype.
       loss_difference: L(w) - L(w*) averaged over the draw's steps, which estimates the same mean as thinned values with less
-      noise; loss_square: its square averaged so. squared_distance: |u|^2 at the draw. acceptance_rate averaged, is_divergent counted and work (FGE) summed over the
-      draw's steps. coordinates: up to `NUM_COORDINATES` of u, on a third axis.
+      noise; loss_square: its square averaged so. squared_distance: |u|^2 at the draw. acceptance_rate averaged, is_divergent
+      counted and work (FGE) summed over the draw's steps. coordinates: up to `NUM_COORDINATES` of u, on a third axis.
       Where asked for: full_difference, L_n(w) - L_n(w*) on all the data, NaN at draws where it was not evaluated; observed,
       l_i(w) - l_i(w*) of the samples of all observables, on a third axis; and a sampler's own `extras`.
     num_burnin_draws: how many of the first draws are burn-in.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lambda_hat.loss_checks import check_gradient, check_independence, check_losses, loss_degree
-from lambda_hat.posterior import compiled_losses
+from lambda_hat.posterior import compiled_losses, fewest_copies
 from lambda_hat.spec import InvalidInput
 from lambda_hat.target import Dataset, Objective, Params
 from lambda_hat.text import listed
@@ -109,7 +109,9 @@ def wrap(loss_fn: LossFn, params: Any, data: Any, weights: Any = None) -> Wrappe
         few = dataset.take(np.random.default_rng(0).permutation(dataset.num_data)[:TRACED])
         text, is_mean = _traced(problem, star, few)
         _check_settings(problem, leaves, star, few, text)
-        copies = _copies(problem, star, few) if is_mean else 0
+        copies = 0
+        if is_mean:
+            copies = fewest_copies(lambda copies: jax.eval_shape(problem._replace(copies=copies).alone, star, few))
         problem = problem._replace(copies=copies, program=hashlib.sha256(text.encode()).hexdigest())
         objective = _objective(problem)
         losses = np.asarray(compiled_losses(objective, star, dataset))
@@ -175,16 +177,6 @@ def _traced(problem: _Problem, params: dict[str, np.ndarray], few: Dataset) -> t
             f"numbers; of {few.num_data} samples it returned {got}. Return that one array."
         )
     return lowered.as_text(), shape == ()
-
-
-def _copies(problem: _Problem, params: dict[str, np.ndarray], few: Dataset) -> int:
-    """Copies of a sample that are the smallest batch on which a loss that returns means works: one, or two where it drops axes
-    of length one."""
-    try:
-        jax.eval_shape(lambda params, few: problem._replace(copies=1).alone(params, few), params, few)
-    except Exception:  # whatever the user's code raises on a batch of one
-        return 2
-    return 1
 
 
 def _check_settings(problem: _Problem, leaves: list[Leaf], params: dict[str, np.ndarray], few: Dataset, text: str) -> None:
