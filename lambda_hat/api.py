@@ -23,10 +23,10 @@ from lambda_hat.plots import RUN_PLOTS, TARGET_PLOTS
 from lambda_hat.posterior import num_selected, select
 from lambda_hat.run import RunSpec, batches
 from lambda_hat.samplers import SamplerSpec
-from lambda_hat.sampling import Run, evenly_spaced, lane_width, sample_runs
+from lambda_hat.sampling import Run, lane_width, sample_runs
 from lambda_hat.settings import explain, nearest
 from lambda_hat.spec import InvalidInput
-from lambda_hat.target import TRAIN, DataSpec, TargetSpec, mean_loss_float64
+from lambda_hat.target import OBSERVABLE_SIZE, TRAIN, DataSpec, TargetSpec, mean_loss_float64
 from lambda_hat.text import with_error
 from lambda_hat.trace import Trace
 from lambda_hat.wrap import LossFn, Wrapped, unweighted, wrap, wrap_like
@@ -201,7 +201,7 @@ def estimate_llcs(
     followed = {name: wrap_like(name, part, data, wrapped) for name, part in (observables or {}).items()}
     names = () if observables is None else tuple(dict.fromkeys([TRAIN, *followed]))
     if observables is not None:
-        followed.setdefault(TRAIN, unweighted(evenly_spaced(wrapped.dataset)))
+        followed.setdefault(TRAIN, unweighted(wrapped.dataset.spread(OBSERVABLE_SIZE)))
     target = InMemorySpec(
         precision="float64" if wrapped.losses.dtype == np.float64 else "float32",
         data=DataSpec(n_data=wrapped.dataset.num_data), content=_content(wrapped),

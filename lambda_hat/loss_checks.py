@@ -127,6 +127,10 @@ def loss_degree(objective: Objective, star: Star, dataset: Dataset, losses: np.n
     Args:
       losses: of the samples at w*, (n,).
     """
+    n = len(losses)
+    if n > posterior.CHUNK_SAMPLES:
+        dataset = dataset.spread(posterior.CHUNK_SAMPLES)
+        losses = np.asarray(compiled_losses(objective, star, dataset))
     rng = np.random.default_rng(1)
     directions = [{name: _moved(array, rng) - array for name, array in star.items()} for _ in range(NUM_DIRECTIONS)]
 
@@ -138,8 +142,7 @@ def loss_degree(objective: Objective, star: Star, dataset: Dataset, losses: np.n
         rises = [np.asarray(compiled_losses(objective, point, dataset)) - losses for point in points]
         return float(np.mean(rises, dtype=np.float64))
 
-    n, amplitude = len(losses), 1 / MOVE
-    enough = math.log(n) / n
+    amplitude, enough = 1 / MOVE, math.log(n) / n
     while not (rises := rise(amplitude)) <= enough and amplitude > np.finfo(losses.dtype).eps:
         amplitude /= 4
     less = rise(amplitude / 2)

@@ -266,9 +266,12 @@ def _identified_curvature(objective: Objective, centre: Centre, scales: np.ndarr
     """tr(H^2) / tr(H), H the Hessian of L_n at w* with respect to u: the mean curvature of the directions of u, each weighted
     by its own, so that flat ones do not count. Infinite where there is none.
 
-    H v is a difference of gradients at w* -+ a scale v, v of random signs. The amplitude a is where the loss of the
-    temperature nbeta tells w from w*, so that neither rounding nor the flatness of a singular w* at a point decides.
+    H v is a difference of gradients at w* -+ a scale v, v of random signs, of the losses of up to CHUNK_SAMPLES samples. The
+    amplitude a is where the loss at the temperature nbeta tells w from w*, so that neither rounding nor the flatness of a
+    singular w* at a point decides.
     """
+    if objective.loss is None and centre.dataset.num_data > CHUNK_SAMPLES:
+        centre = euclidean_centre(objective, centre.params_star, centre.dataset.spread(CHUNK_SAMPLES))
     leaves, structure = jax.tree.flatten(centre.params_star)
     rng = np.random.default_rng(0)
     probes = [[scale * rng.choice([-1.0, 1.0], leaf.shape) for scale, leaf in zip(scales, leaves, strict=True)]

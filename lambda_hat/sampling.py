@@ -278,13 +278,7 @@ def _observable(name: str, dataset: Dataset, observables: Mapping[str, Dataset])
             f"An observable must be one of the target's; got {name!r} in sampler.observables. "
             f"This target has: {', '.join([TRAIN, *observables])}."
         )
-    return evenly_spaced(dataset)
-
-
-def evenly_spaced(dataset: Dataset) -> Dataset:
-    """Up to `OBSERVABLE_SIZE` of its samples."""
-    count = min(dataset.num_data, OBSERVABLE_SIZE)
-    return dataset.take(np.arange(count) * dataset.num_data // count)
+    return dataset.spread(OBSERVABLE_SIZE)
 
 
 def _own_observables(

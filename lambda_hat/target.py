@@ -108,6 +108,12 @@ class Dataset(NamedTuple):
         samples = {name: jnp.asarray(array).at[indices].get(**known) for name, array in self.samples.items()}
         return Dataset(samples, self.constants)
 
+    def spread(self, most: int) -> Dataset:
+        """`most` samples, evenly spaced; all of them where there are no more."""
+        if self.num_data <= most:
+            return self
+        return self.take(np.arange(most) * self.num_data // most)
+
     def chunks(self, most: int) -> Iterator[Dataset]:
         """The samples in order, at most `most` at a time."""
         size = chunk_size(self.num_data, most)
