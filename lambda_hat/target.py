@@ -112,7 +112,8 @@ class Dataset(NamedTuple):
         """`most` samples, evenly spaced; all of them where there are no more."""
         if self.num_data <= most:
             return self
-        return self.take(np.arange(most) * self.num_data // most)
+        indices = np.arange(most) * self.num_data // most
+        return Dataset({name: array[indices] for name, array in self.samples.items()}, self.constants)
 
     def chunks(self, most: int) -> Iterator[Dataset]:
         """The samples in order, at most `most` at a time."""

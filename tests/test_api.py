@@ -99,9 +99,12 @@ def test_masks():
     assert result.diagnosis.num_params == 2
 
 
-def test_observables():
+@pytest.mark.parametrize("x64", [False, True])
+def test_observables(x64):
     small = (X[:50], Y[:50])
-    result = lh.estimate_llc(losses, star(), DATA, observables={"small": small}, **SHORT | {"num_steps_bw_draws": 1})
+    with jax.enable_x64(x64):
+        result = lh.estimate_llc(losses, star(), DATA, observables={"small": small}, **SHORT | {"num_steps_bw_draws": 1})
+    assert result.draws.draws["observed"].dtype == np.float64
     assert list(result.diagnosis.llc_by_dataset) == [TRAIN, "small"]
     assert result.diagnosis.llc_by_dataset["small"].susceptibility is not None
     assert result.diagnosis.singular_fluctuation > 0
