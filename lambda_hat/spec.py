@@ -25,8 +25,15 @@ ID_PREFIXES = "tgt|run|swp|trl|sty|ent|ens"
 ID_PATTERN = re.compile(rf"({ID_PREFIXES})_[0-9a-f]{{16}}")
 
 
+#: A quoted text, a list or a table of over 160 characters, which no reader of a message reads.
+_LONG = re.compile(r"""(?P<text>(?<!\w)'[^']{120})[^']{40,}'|(?P<list>[\[({][^\[\](){}]{120})[^\[\](){}]{40,}[\])}]""")
+
+
 class InvalidInput(ValueError):
-    """A user's input breaks a rule. The message states the rule, the value received and the remedy."""
+    """A user's input breaks a rule. The message states the rule, the value received, cut where it is long, and the remedy."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_LONG.sub(lambda match: f"{match['text'] or match['list']} ...", message))
 
 
 class Spec(BaseModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import pytest
 from hypothesis import given
@@ -38,6 +39,28 @@ GOLDEN = {
 def test_golden_ids(name):
     run = RunSpec.from_dict(RUNS[name])
     assert (run.target_id, run.run_id) == GOLDEN[name]
+
+
+@pytest.mark.parametrize("value", ["a" * 10_000, list(range(10_000)), {"a": "b" * 10_000}, ("x" * 500, [1] * 500)])
+def test_messages_cut_long_values(value):
+    error = InvalidInput(f"A value must be short; got {value!r}. Shorten it.")
+    assert len(str(error)) < 500
+    assert str(error).startswith("A value must be short; got ")
+    assert str(error).endswith("Shorten it.")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_messages_keep_what_is_short():
+    message = (
+        "A store's URI names a folder; got '/tmp/"
+        + "a" * 100
+        + "' and [1, 2, 3]: use a path like ./artifacts. "
+        + (
+            "Each sample's own loss, the samples' weights and whatever else is one's own are no quotations, however far apart. "
+            * 3
+        )
+    )
+    assert str(InvalidInput(message)) == message
 
 
 def _changed(value):
