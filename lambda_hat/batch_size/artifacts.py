@@ -77,6 +77,8 @@ def train_batch(specs: Sequence[TrialSpec], store: Store, keep: bool = False, pr
     from lambda_hat.trials.engine import train_trials
     from lambda_hat.trials.result import to_target
 
+    # The id is that of the trials in any order; a checkpoint is of their places side by side, which must always be the same.
+    specs = sorted(specs, key=lambda spec: spec.target_id)
     results = train_trials(
         specs, progress, artifacts.load_training(store, address), functools.partial(artifacts.save_training, store, address)
     )
