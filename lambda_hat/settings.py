@@ -111,7 +111,7 @@ class StudyExperiment(Experiment):
     """A batch-size study: a union of sweeps over trials, and what is made of them."""
 
     plots: tuple[str, ...] = Field(default=(), description="names of plots; none = all that apply")
-    keep: bool = Field(default=False, description="whether every trained network is kept as a target")
+    keep: bool = Field(default=False, description="whether trained networks are kept as targets")
     curvature: bool = Field(default=False, description="whether the curvature and the noise scale at the end are measured")
 
 

@@ -22,11 +22,11 @@ from lambda_hat.batch_size import artifacts
 from lambda_hat.batch_size.artifacts import (
     batches,
     find_target,
-    finite,
     intact,
     load_study,
     measure_curvature,
     publish_study,
+    succeeded,
     train_batch,
     trained,
     trials_id,
@@ -129,13 +129,14 @@ def test_the_id_of_a_batch_is_that_of_its_trials():
 def test_results_of_a_batch(trained_store):
     batch = [SMALL, FAST, LOST]
     manifest = trained_store.manifest(trials_address(trials_id(batch)))
-    assert (manifest.summary["num_trials"], manifest.summary["num_diverged"]) == (3, 1)
+    assert (manifest.summary["num_trials"], manifest.summary["num_failed"]) == (3, 1)
     assert manifest.spec == {"trial_ids": sorted(spec.target_id for spec in batch)}
     rows = {row["trial_id"]: row for row in json.loads(trained_store.read(manifest.address, "results.json"))}
     assert list(rows) == manifest.spec["trial_ids"]
     assert [TrialSpec.from_dict(rows[spec.target_id]["spec"]) for spec in batch] == batch
     small, lost = rows[SMALL.target_id], rows[LOST.target_id]
     assert (small["diverged_at_step"], lost["diverged_at_step"] in (1, 2)) == (None, True)
+    assert (small["failure"], lost["failure"]) == (None, "diverged")
     assert 0 < small["metrics"]["final_loss"] < 0.1  # predicting 0 of ten classes gives 1/10
     assert lost["metrics"]["final_loss"] is lost["metrics"]["test_loss"] is None
     assert manifest.summary["seconds"] == pytest.approx(sum(row["seconds"] for row in rows.values()))
@@ -224,7 +225,7 @@ def test_kept_networks_are_the_targets_that_are_built_alone(trained_store, empty
 
 def test_a_diverged_trial_is_not_kept(trained_store, empty):
     assert not trained_store.exists(target_address(LOST.target_id))
-    assert finite(trained_store, IDS) == {SMALL.target_id, FAST.target_id, LARGE.target_id}
+    assert succeeded(trained_store, IDS) == {SMALL.target_id, FAST.target_id, LARGE.target_id}
     with pytest.raises(FloatingPointError, match=r"it diverged at step .* with eta=1e\+30"):
         steps.build_target(LOST, empty)
     assert not empty.exists(target_address(LOST.target_id))
@@ -259,7 +260,9 @@ def test_curvature_where_the_gradient_is_zero(store):
     """Units that no sample excites any more: the noise scale is infinite, which JSON has no number for."""
     dead = trial(eta=1e4)
     train_batch([dead], store, keep=True)
-    assert load_study(store, [dead.target_id]).table["final_loss"].notna().all()
+    assert succeeded(store, [dead.target_id]) == set()  # it has failed, so its network is not kept
+    assert not store.exists(target_address(dead.target_id))
+    steps.build_target(dead, store)  # of whoever asks for it by name
     manifest = measure_curvature(dead.target_id, store)
     found = manifest.summary
     assert found["sharpness"] == found["hessian_trace"] == 0
@@ -288,8 +291,9 @@ def test_the_table_of_a_study(trained_store):
     assert not {"num_epochs", "family", "checkpoint"} & set(names)
     after = names[names.index("temperature") :]
     assert after == [
-        "temperature", "samples", "final_loss", "test_loss", "train_accuracy", "test_accuracy", "diverged_at_step",
-        "activation_change_1", "activation_change_2", "seconds", "sharpness", "hessian_trace", "gradient_noise_scale",
+        "temperature", "samples", "start_loss", "final_loss", "test_loss", "train_accuracy", "test_accuracy",
+        "diverged_at_step", "failure", "activation_change_1", "activation_change_2", "seconds", "sharpness", "hessian_trace",
+        "gradient_noise_scale",
     ]  # fmt: skip
     np.testing.assert_allclose(table["temperature"], [1 / 16, 1, FATAL / 16, 1 / 64])
     # Seven epochs of 200 samples in minibatches of 64 are three steps each.
@@ -299,7 +303,10 @@ def test_the_table_of_a_study(trained_store):
     assert measured.notna().all(axis=1).tolist() == [True, True, False, True]
     assert measured.isna().all(axis=1).tolist() == [False, False, True, False]
     assert table["diverged_at_step"].isna().tolist() == [True, True, False, True]
-    assert all(table[name].dtype == np.float64 for name in after if name != "samples")
+    assert table["failure"].tolist()[2] == "diverged"
+    assert table["failure"].isna().tolist() == [True, True, False, True]
+    np.testing.assert_allclose(table["start_loss"], 0.1)  # of predicting 0 where one of ten labels is 1
+    assert all(table[name].dtype == np.float64 for name in after if name not in ("samples", "failure"))
     assert ((table["test_accuracy"].dropna() > 0) & (table["test_accuracy"].dropna() <= 1)).all()
     for spec, loss in zip((SMALL, FAST, LARGE), table["final_loss"].dropna(), strict=True):
         target = trained_store.manifest(target_address(spec.target_id))
@@ -358,7 +365,7 @@ def test_a_study_is_published_once(trained_store, monkeypatch):
     # Its trials have since been measured, so this is another study than the first one.
     assert len(trained_store.catalogue("study")) == 3
     assert names == {"results.csv", "results.parquet", "curves.npz", "report.html", "heatmap_batch.png"}
-    assert (plain.summary["num_trials"], plain.summary["num_diverged"]) == (4, 1)
+    assert (plain.summary["num_trials"], plain.summary["num_failed"]) == (4, 1)
     assert trained_store.read(plain.address, "heatmap_batch.png").startswith(b"\x89PNG")
     page = trained_store.read(plain.address, "report.html").decode()
     assert all(word in page for word in (plain.id, *IDS, "plain"))
@@ -449,18 +456,18 @@ def test_trials_that_were_not_trained(trained_store):
 
 def test_summary(trained_store):
     found = summary(load_study(trained_store, IDS, [RUN]))
-    assert found["num_diverged"] == 1
+    assert found["failures"] == {"diverged": 1}
     assert [row["trial_id"] for row in found["best"]] == [IDS[1], IDS[3], IDS[0], IDS[2]] or found["best"][-1][
         "trial_id"
     ] == IDS[2]
     assert all(type(cell) is str for row in found["best"] for cell in row.values())
-    assert found["best"][-1]["final_loss"] == "-"
+    assert (found["best"][-1]["final_loss"], found["best"][-1]["failure"]) == ("-", "diverged")
     json.dumps(found, allow_nan=False)
-    result = {"name": "x", "num_trials": 6, "num_failed": 2, "runs_failed": 1, "errors": ["train it: why"], **found}
+    result = {"name": "x", "num_trials": 6, "num_untrained": 2, "runs_failed": 1, "errors": ["train it: why"], **found}
     shown = text(result)
-    assert "2 of 6 trials and 1 measurements of trained networks failed; the others are finished" in shown
+    assert "2 of 6 trainings and 1 measurements of trained networks failed; the others are finished" in shown
     assert "  train it: why" in shown
-    assert shown.endswith("x: 4 trials, 1 diverged; the best of them above")
+    assert shown.endswith("x: 4 trials, 1 failed: 1 diverged; the best of them above")
 
 
 # --- Commands ----------------------------------------------------------------------------------------------------------
@@ -498,7 +505,7 @@ def test_ls(run, trained_store):
     assert [head.split()[0] for head in heads] == ["studies", "trials"]
     assert all(name in result.out for name in ("plain", "measured", trials_id(TRIALS[:3]), trials_id([LARGE])))
     listed = json.loads(run("ls", "studies", "trials", "--json").out)
-    assert {row["id"]: (row["num_trials"], row["num_diverged"]) for row in listed["trials"]} == {
+    assert {row["id"]: (row["num_trials"], row["num_failed"]) for row in listed["trials"]} == {
         trials_id(TRIALS[:3]): (3, 1), trials_id([LARGE]): (1, 0),
     }  # fmt: skip
     assert {row["spec.name"] for row in listed["studies"]} == {"plain", "measured"}
@@ -552,6 +559,8 @@ def chosen(run, *conditions, study="latest"):
         (["temperature<0.5"], [0, 3]),
         (["diverged_at_step=none"], [0, 1, 3]),
         (["diverged_at_step>=1"], [2]),
+        (["failure=none"], [0, 1, 3]),
+        (["failure=diverged"], [2]),
         (["task.kind=images", "eta>1"], [1, 2]),
         ([f"trial_id={IDS[1]}"], [1]),
     ],
@@ -578,6 +587,15 @@ def test_studies_are_joined(run, store):
     assert {row["trial_id"] for row in latest} == {more.target_id, SMALL.target_id}
     [identity] = store.catalogue("study").query("`spec.name` == 'more'")["id"]
     assert json.loads(run("study", identity[:12], "--format", "json", **where).out) == latest
+
+
+def test_a_study_of_another_version_is_not_shown(run, store, monkeypatch):
+    """Its table has other columns, and its trials were trained otherwise."""
+    monkeypatch.setattr("lambda_hat.store.ALGORITHM_VERSION", 1)
+    publish_study("old", IDS, store, ["heatmap_batch"])
+    result = run("study", "old", store_uri=store.uri)
+    assert (result.status, result.out) == (2, "")
+    assert "was made by version 1. Run it again, or name other studies." in result.err
 
 
 def test_plots_of_a_study(run, tmp_path):

@@ -13,10 +13,11 @@ from matplotlib.collections import PatchCollection, QuadMesh
 from test_html import PNG, Page
 
 from lambda_hat.batch_size.plots import PLOTS, draw_plots
-from lambda_hat.batch_size.plots.scaling import trades
-from lambda_hat.batch_size.report import MAX_TRIALS, study_report
+from lambda_hat.batch_size.report import MAX_TRIALS, _best, study_report
 from lambda_hat.batch_size.smoothing import smooth, updates_done
-from lambda_hat.batch_size.study import Study, settings, swept, where
+from lambda_hat.batch_size.study import Study, failures, losses, settings, swept, where
+from lambda_hat.batch_size.summary import summary
+from lambda_hat.batch_size.trades import trades
 from lambda_hat.spec import InvalidInput
 
 #: The model: trials of rate R / (1 + BC/B) at the best learning rate have the loss exp(-rate updates).
@@ -45,7 +46,7 @@ def trial(eta, batch_size, richness=1.0, width=64, seed=1, parameterization="mup
         "eta": eta, "rate_rule": rate_rule, "batch_size": batch_size, "num_steps": NUM_STEPS, "num_epochs": None, "seed": seed,
         "precision": "float32", "checkpoint_steps": (), "temperature": eta / batch_size, "samples": NUM_STEPS * batch_size,
         "final_loss": losses[-1], "test_loss": 1.2 * losses[-1], "train_accuracy": 1 - losses[-1], "test_accuracy": 0.9,
-        "diverged_at_step": 21.0 if diverged else np.nan,
+        "diverged_at_step": 21.0 if diverged else np.nan, "failure": "diverged" if diverged else np.nan,
         **{f"activation_change_{layer}": layer * (width / 64) ** (-0.5 * (parameterization == "sp")) * np.exp(0.01 * seed)
            for layer in range(1, depth + 1)},
         "seconds": 0.5,
@@ -94,8 +95,8 @@ def without_curves():
 def holes():
     """Every third trial is missing, and some steps' losses are infinite or zero."""
     study = measured(study_of(**SMALL, width=[32, 64]))
-    for _, losses in list(study.curves.values())[::5]:
-        losses[3], losses[5] = np.inf, 0.0
+    for _, curve in list(study.curves.values())[::5]:
+        curve[3], curve[5] = np.inf, 0.0
     table = study.table.assign(final_loss=study.table["final_loss"].mask(np.arange(len(study.table)) % 7 == 0, 0.0))
     return Study(table[np.arange(len(table)) % 3 > 0], study.curves)
 
@@ -196,13 +197,44 @@ def test_heatmap_temp_is_over_eta_by_batch_size():
     assert ax.get_xlabel() == "temperature η/B"
 
 
-def test_losses_above_the_start_do_not_take_the_colours():
-    study = study_of(**GRID)
-    blown = study.table.assign(final_loss=study.table["final_loss"].where(study.table["eta"] < 0.25, 1e9))
-    fig = PLOTS["heatmap_batch"](study._replace(table=blown))
-    ((ax, _),) = maps(fig)
-    (mesh,) = (mesh for mesh in ax.collections if isinstance(mesh, QuadMesh))
-    assert mesh.norm.vmax == pytest.approx(0, abs=1e-3)  # log10 of a first loss of 1
+def tempting(study):
+    """The same study, in which what diverged ended dead or above its start instead, with losses below all others."""
+    table, curves = study.table.copy(), dict(study.curves)
+    lost = table["failure"].notna()
+    table.loc[lost, "final_loss"] = 1e-9
+    table.loc[lost, "failure"] = np.where(np.arange(lost.sum()) % 2, "dead", "above start")
+    for name in table["trial_id"][lost]:
+        curves[name] = curves[name][0], np.full(len(curves[name][0]), 1e-9)
+    return study._replace(table=table.assign(diverged_at_step=np.nan), curves=curves)
+
+
+def test_what_failed_otherwise_counts_as_what_diverged():
+    """In maps, optima, slopes, trades, collapses, the table of the best and the summary."""
+    grid = {"batch_size": [4, 16, 64, 256], "eta": [2.0**k for k in range(-9, 5)], "seed": [0, 1, 2]}
+    diverged = study_of(**grid, richness=[0.5, 1.0], width=[32, 64])
+    failed = tempting(diverged)
+    assert losses(failed.table).equals(losses(diverged.table))
+    assert failures(failed.table).keys() == {"dead", "above start"}
+    for name in ("heatmap_batch", "heatmap_temp", "heatmap_gamma"):
+        for (ax, cells), (other, same) in zip(maps(PLOTS[name](failed)), maps(PLOTS[name](diverged)), strict=True):
+            np.testing.assert_array_equal(cells, same)
+            assert np.isnan(cells).any()
+            np.testing.assert_array_equal(marks(ax, "o"), marks(other, "o"))
+            assert ax.get_title() == other.get_title()
+    for name in ("width_transfer", "coordinate_check", "losscurve_temp_samples", "losscurve_temp_eff_steps"):
+        found, same = ([ax.get_title() for ax in PLOTS[name](study).axes] for study in (failed, diverged))
+        assert found == same
+    (target, found), (same_target, same) = map(trades, (failed, diverged))
+    assert (target, [trade.fit for trade in found]) == (same_target, [trade.fit for trade in same])
+    best, same_best = (_best(study.table, swept(study.table)) for study in (failed, diverged))
+    assert best == same_best
+    best, same_best = (summary(study)["best"] for study in (failed, diverged))
+    assert best == same_best
+    # Its curve is drawn, and marked as that of a trial that diverged.
+    for ax, other in zip(PLOTS["losscurve_grid"](failed).axes, PLOTS["losscurve_grid"](diverged).axes, strict=True):
+        assert len(marks(ax, "x")) == len(marks(other, "x")) > 0
+    (row,) = (row for row in Page(study_report("stu_1", "x", failed, {})).settings if row[0] == "dead")
+    assert int(row[1]) == failures(failed.table)["dead"]
 
 
 def test_temperatures_that_differ_in_the_last_digit_are_one():
@@ -447,7 +479,8 @@ def test_report_says_what_was_run_and_found(studied):
     assert "B & <eta>: 288 trials" in text
     assert "stu_0123456789abcdef" in text
     fields = dict(page.settings)
-    assert (fields["trials"], fields["diverged"]) == ("288", str(study.table["final_loss"].isna().sum()))
+    failed = str(study.table["final_loss"].isna().sum())
+    assert (fields["trials"], fields["failed"], fields["diverged"]) == ("288", failed, failed)
     assert (fields["optimizer"], fields["richness"]) == ("sgd", "1")
     assert ["batch_size", "4", "4, 16, 64, 256"] in page.rows
     assert ["seed", "3", "0, 1, 2"] in page.rows

@@ -15,7 +15,7 @@ from lambda_hat.spec import InvalidInput
 from lambda_hat.store import Store
 from lambda_hat.targets import AnyTargetSpec
 from lambda_hat.trials import ImagesTask, PolynomialTask, TeacherTask, TrialSpec, to_target, train_trials
-from lambda_hat.trials.engine import batch_indices, point_steps
+from lambda_hat.trials.engine import _failure, batch_indices, point_steps
 from lambda_hat.trials.network import activations, forward, init_params
 from lambda_hat.trials.program import ADAM_EPS, fresh_inputs
 
@@ -104,6 +104,7 @@ def assert_same(result, other):
         np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(result.losses, other.losses)
     assert result.metrics == other.metrics
+    assert result.failure == other.failure
     assert result.diverged_at_step == other.diverged_at_step
 
 
@@ -229,7 +230,8 @@ def test_a_trial_that_diverges_is_a_result():
     fine, slow, fast = train_trials(specs)
     (alone,) = train_trials(specs[:1])
     np.testing.assert_allclose(fine.losses, alone.losses, rtol=1e-5)
-    assert fine.diverged_at_step is None
+    assert fine.diverged_at_step is fine.failure is None
+    assert slow.failure == fast.failure == "diverged"
     assert np.isfinite(fine.losses).all()
     assert 1 < fast.diverged_at_step <= slow.diverged_at_step
     for result in (slow, fast):
@@ -250,6 +252,71 @@ def test_only_the_last_update_diverges():
     (result,) = train_trials([trial(eta=1e300, num_steps=1)])
     assert result.diverged_at_step == 1
     assert np.isnan(result.losses).all()
+
+
+@pytest.mark.usefixtures("library_promotion")
+@pytest.mark.parametrize("fields", [{}, {"momentum": 0.9}, {"loss": "cross_entropy"}, {"optimizer": "adam"}, {"depth": 3}])
+def test_a_dead_network_has_failed(fields):
+    """All its units are off: no gradient is left, f is 0, and its loss is that of predicting -f(theta_0) - here and there below
+    the loss at the start."""
+    spec = trial(eta=1e3, **fields)
+    (result,) = train_trials([spec])
+    assert result.failure == "dead"
+    assert np.isfinite(result.losses).all()
+    target = to_target(result)
+    x, y, f0 = (target.dataset.samples[name] for name in ("x", "y", "f0"))
+    assert all((layers(weights_of(result), x)[-2] <= 0).ravel())
+    per_sample_loss = spec.objective().per_sample_loss
+    gradient = jax.grad(lambda params: jax.numpy.mean(per_sample_loss(params, target.dataset)))(target.params_star)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
+    if spec.loss == "mse":
+        assert result.metrics["final_loss"] == pytest.approx(np.mean((f0 + y) ** 2), rel=1e-12)
+        assert result.metrics["start_loss"] == pytest.approx(np.mean(y**2), rel=1e-12)
+    else:
+        assert result.metrics["final_loss"] < result.metrics["start_loss"] == pytest.approx(math.log(10), rel=1e-12)
+
+
+@pytest.mark.usefixtures("library_promotion")
+@pytest.mark.parametrize("fields", [{"eta": 32.0}, {"eta": 32.0, "loss": "cross_entropy"}, {"eta": 1.0, "optimizer": "adam"}])
+def test_a_loss_above_its_start_is_a_failure(fields):
+    spec = trial(**fields)
+    (result,) = train_trials([spec])
+    assert result.failure == "above start"
+    data = spec.task.load("float64")
+    weights = [layer["w"] for layer in init_params((spec.seed, 0), spec.widths, "float64").values()]
+    prediction = spec.scale * (layers(weights_of(result), data.x)[-1] - layers(weights, data.x)[-1])
+    losses = [
+        np.mean((f - data.y) ** 2)
+        if spec.loss == "mse"
+        else np.mean(np.log(np.sum(np.exp(f), axis=1)) - np.sum(f * data.y, axis=1))
+        for f in (prediction, 0 * prediction)
+    ]
+    assert (result.metrics["final_loss"], result.metrics["start_loss"]) == pytest.approx(losses, rel=1e-10)
+    assert losses[0] > losses[1]
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_who_learns_little_has_not_failed(precision):
+    """However small the steps: of the smallest, rounding alone moves the mean loss, or nothing does."""
+    grid = [
+        trial(eta=10.0**power, richness=richness, precision=precision)
+        for power in (-40, -12, -6, -3)
+        for richness in (0.005, 1, 1e3)
+    ]
+    assert [result.failure for result in train_trials(grid)] == [None] * len(grid)
+
+
+def test_what_failed_in_which_way():
+    """The first that holds: a dead network's loss may be above its start."""
+    spec = trial()
+    cases = {
+        (True, 0.0, 1.0, math.nan): "diverged", (False, 0.0, 1.0, 2.0): "dead", (False, 0.0, 1.0, 0.9): "dead",
+        (False, 0.05, 1.0, 0.9): "dead", (False, 0.051, 1.0, 0.9): None, (False, 0.051, 1.0, 1.1): "above start",
+        (False, 1.0, 1.0, 1.0): None, (False, 1.0, 1.0, 1 + 1e-12): "above start", (False, 0.0, 0.0, 0.0): None,
+    }  # fmt: skip
+    assert {case: _failure(spec, *case) for case in cases} == cases
+    single = trial(precision="float32")
+    assert [_failure(single, False, 1.0, 1.0, loss) for loss in (1 + 1e-6, 1 + 1e-5)] == [None, "above start"]
 
 
 def test_centring_at_a_small_richness():

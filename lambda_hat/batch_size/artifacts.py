@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 from lambda_hat import artifacts
 from lambda_hat.arrays import flatten, pack_arrays, unpack_arrays
-from lambda_hat.batch_size.study import Study
+from lambda_hat.batch_size.study import Study, failures
 from lambda_hat.chunks import Progress, no_progress
 from lambda_hat.manifest import (
     DIAGNOSIS_VERSION,
@@ -68,7 +68,7 @@ def train_batch(specs: Sequence[TrialSpec], store: Store, keep: bool = False, pr
     Interrupted training goes on from where it was saved last and gives the numbers of an uninterrupted one.
 
     Args:
-      keep: publish every network that has not diverged as a target; of trials found in the store, `build_target` does.
+      keep: publish the networks of trials that have not failed as targets; of trials found in the store, `build_target` does.
     """
     address = trials_address(trials_id(specs))
     if (manifest := store.manifest(address)) is not None:
@@ -84,11 +84,12 @@ def train_batch(specs: Sequence[TrialSpec], store: Store, keep: bool = False, pr
     )
     if keep:
         for result in results:
-            if result.diverged_at_step is None:
+            if result.failure is None:
                 artifacts.publish_target(to_target(result), store)
     rows: list[dict[str, Any]] = [
         {"trial_id": result.spec.target_id, "spec": result.spec.model_dump(mode="json", exclude={"checkpoint"}),
-         "diverged_at_step": result.diverged_at_step, "metrics": result.metrics, "seconds": result.seconds}
+         "diverged_at_step": result.diverged_at_step, "failure": result.failure, "metrics": result.metrics,
+         "seconds": result.seconds}
         for result in results
     ]  # fmt: skip
     curves = {"steps": np.asarray(results[0].steps), "losses": np.stack([result.losses for result in results])}
@@ -97,7 +98,7 @@ def train_batch(specs: Sequence[TrialSpec], store: Store, keep: bool = False, pr
         address, {"results.json": text.encode(), "curves.npz": pack_arrays(curves)},
         spec={"trial_ids": [row["trial_id"] for row in rows]},
         summary={
-            "num_trials": len(rows), "num_diverged": sum(row["diverged_at_step"] is not None for row in rows),
+            "num_trials": len(rows), "num_failed": sum(row["failure"] is not None for row in rows),
             "seconds": sum(row["seconds"] for row in rows), "made_with": artifacts.made_with(),
         },
     )  # fmt: skip
@@ -117,10 +118,10 @@ def intact(store: Store, trial_ids: Sequence[str]) -> tuple[list[str], list[str]
     return [name for name in trial_ids if name in places and places[name] not in problems], list(problems.values())
 
 
-def finite(store: Store, trial_ids: Sequence[str]) -> set[str]:
-    """Those of these trained trials that have not diverged."""
+def succeeded(store: Store, trial_ids: Sequence[str]) -> set[str]:
+    """Those of these trained trials that have not failed: the others' networks are not examined."""
     table = load_study(store, trial_ids).table
-    return set(table["trial_id"][table["diverged_at_step"].isna()])
+    return set(table["trial_id"][table["failure"].isna()])
 
 
 def unexamined(store: Store, trials: Sequence[TrialSpec], curvature: bool) -> list[TrialSpec]:
@@ -245,7 +246,7 @@ def publish_study(
         "name": name, "trials_ids": sorted({places[trial_id].id for trial_id in trial_ids}),
         "target_ids": sorted(trial_ids), "run_ids": sorted(run.run_id for run in runs),  # as targets, as far as they are kept
     }  # fmt: skip
-    summary = {"num_trials": len(trial_ids), "num_diverged": int(study.table["diverged_at_step"].notna().sum())}
+    summary = {"num_trials": len(trial_ids), "num_failed": sum(failures(study.table).values())}
     return store.publish(address, files, spec=spec, summary=summary)
 
 
@@ -259,10 +260,11 @@ def _table_row(row: Mapping[str, Any]) -> dict[str, Any]:
     spec = TrialSpec.from_dict(row["spec"])
     fields = dotted(spec.model_dump(mode="json", exclude={"family", "checkpoint", "num_epochs"}))
     metrics = row["metrics"]
-    names = ("final_loss", "test_loss", "train_accuracy", "test_accuracy")
+    names = ("start_loss", "final_loss", "test_loss", "train_accuracy", "test_accuracy")
     known: dict[str, Any] = {"trial_id": row["trial_id"]} | fields | {"num_steps": spec.total_steps}
     known |= {"temperature": spec.eta / spec.batch_size, "samples": spec.total_steps * spec.batch_size}
-    measured = {name: metrics.get(name) for name in names} | {"diverged_at_step": row["diverged_at_step"]}
+    measured = {name: metrics.get(name) for name in names}
+    measured |= {name: row[name] for name in ("diverged_at_step", "failure")}
     measured |= {f"activation_change_{layer}": change for layer, change in enumerate(metrics["activation_change"], 1)}
     measured["seconds"] = row["seconds"]
     return known | {name: np.nan if value is None else value for name, value in measured.items()}

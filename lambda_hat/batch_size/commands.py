@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lambda_hat.manifest import Address
-from lambda_hat.spec import InvalidInput
+from lambda_hat.spec import ALGORITHM_VERSION, InvalidInput
 from lambda_hat.store import Store
 from lambda_hat.study_views import add_options, emit, find_studies, refusals, rendered, write_plots, write_report
 
@@ -86,7 +86,11 @@ def _drawn(study: Study, addresses: list[Address], options: argparse.Namespace) 
 
 
 def _joined(store: Store, addresses: list[Address]) -> Study:
-    """The trials of all these studies, each once, with what any of them has measured of it; that of a later one wins."""
+    """The trials of all these studies, each once, with what any of them has measured of it; that of a later one wins.
+
+    Raises:
+      InvalidInput: a study was made by another version of the algorithms, whose trials this one does not know.
+    """
     import pandas as pd
 
     from lambda_hat.arrays import unflatten, unpack_arrays
@@ -94,7 +98,13 @@ def _joined(store: Store, addresses: list[Address]) -> Study:
 
     tables: list[pd.DataFrame] = []
     curves: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for address in addresses:
+    for manifest in store.manifests(addresses):
+        address, made_by = manifest.address, manifest.algorithm_version
+        if made_by != ALGORITHM_VERSION:
+            raise InvalidInput(
+                f"A study is shown by the version of the algorithms that made it, here {ALGORITHM_VERSION}; {address.id} was "
+                f"made by version {made_by}. Run it again, or name other studies."
+            )
         tables.append(pd.read_parquet(io.BytesIO(store.read(address, "results.parquet"))))
         named = unflatten(unpack_arrays(store.read(address, "curves.npz")))
         curves |= {trial_id: (curve["steps"], curve["losses"]) for trial_id, curve in named.items()}

@@ -12,11 +12,12 @@ import pandas as pd
 from lambda_hat.batch_size.critical import EXCESS
 from lambda_hat.batch_size.fits import LAZY, RICH, Slope, richness_slopes, width_transfer
 from lambda_hat.batch_size.plots import PLOTS
-from lambda_hat.batch_size.plots.common import Group, groups
-from lambda_hat.batch_size.plots.scaling import trades
-from lambda_hat.batch_size.study import Study, comparable, distinct, settings, swept
+from lambda_hat.batch_size.study import Group, Study, comparable, distinct, failures, groups, losses, settings, swept
+from lambda_hat.batch_size.trades import trades
 from lambda_hat.html import VERSIONS, page
-from lambda_hat.plots.style import caption, evenly, number
+from lambda_hat.plots.style import caption, evenly
+from lambda_hat.text import number
+from lambda_hat.trials.engine import ALIVE
 
 #: Rows of the tables: the best settings, fits, and single trials; the others are in the study's own table.
 MAX_BEST, MAX_FITS, MAX_TRIALS = 10, 60, 500
@@ -51,37 +52,34 @@ def study_report(study_id: str, name: str, study: Study, plots: Mapping[str, byt
     varied = swept(table)
     constant = {key: values[0] for key in settings(table) if len(values := distinct(table[key])) == 1}
     columns = [*varied, *_known(table)]
-    order = table.sort_values("final_loss", kind="stable").head(MAX_TRIALS)
-    fits = list(_fits(study))
+    order = table.iloc[losses(table).to_numpy().argsort(kind="stable")[:MAX_TRIALS]]
+    fits, failed = list(_fits(study)), failures(table)
     return page(
         "study.html",
         study_id=study_id,
         name=name,
         made_at=made_at,
         versions=VERSIONS,
-        counts={
-            "trials": len(table),
-            "diverged": int(table["final_loss"].isna().sum()),
-            "seconds of training": float(table["seconds"].sum()),
-        },
+        counts={"trials": len(table), "failed": sum(failed.values()), **failed, "seconds of training": table["seconds"].sum()},
+        off=f"{1 - ALIVE:.0%}",
         constant={key: value for key, value in constant.items() if value not in (None, "", "()")},
         axes=[(key, len(values), _listed(values)) for key in varied for values in [distinct(table[key])]],
         best=_best(table, varied),
         fits=fits[:MAX_FITS],
         num_fits=len(fits),
         plots={key: (png, caption(PLOTS.get(key))) for key, png in plots.items()},
-        columns=["trial_id", *columns, "diverged_at_step"],
-        trials=order[["trial_id", *columns, "diverged_at_step"]].to_numpy(object).tolist(),
+        columns=["trial_id", *columns, "failure", "diverged_at_step"],
+        trials=order[["trial_id", *columns, "failure", "diverged_at_step"]].to_numpy(object).tolist(),
         num_trials=len(table),
         cell=_cell,
     )
 
 
 def _best(table: pd.DataFrame, varied: list[str]) -> tuple[list[str], list[list[Any]]]:
-    """Heading and rows of the settings of the lowest final loss; medians over the seeds, diverged trials being infinite."""
+    """Heading and rows of the settings of the lowest final loss; medians over the seeds, failed trials being infinite."""
     names = [name for name in varied if name != "seed"]
     results = _known(table)
-    ranked = table.assign(final_loss=table["final_loss"].fillna(np.inf))
+    ranked = table.assign(final_loss=losses(table).fillna(np.inf))
     by = ranked.groupby([comparable(ranked[name]) for name in names] or np.zeros(len(ranked)), dropna=False)
     medians = by[results].median().assign(lowest=by["final_loss"].min(), highest=by["final_loss"].max(), seeds=by.size())
     medians = medians[np.isfinite(medians["final_loss"])].sort_values("final_loss", kind="stable").head(MAX_BEST)

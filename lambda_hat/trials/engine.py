@@ -7,9 +7,10 @@ import itertools
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lambda_hat.chunks import Pace, Progress, no_progress, num_cores, run_in_chunks
@@ -17,7 +18,7 @@ from lambda_hat.spec import InvalidInput
 from lambda_hat.target import Params, Save, Unfinished, num_params
 from lambda_hat.trials.network import init_params, to_weights
 from lambda_hat.trials.program import Data, Lanes, Length, Program, State, make_program, program_key
-from lambda_hat.trials.spec import TrialSpec
+from lambda_hat.trials.spec import TrialSpec, sample_losses
 from lambda_hat.trials.task import SyntheticTask, TaskData
 
 #: Bytes of the weights that are trained together on a core of a CPU; many more would not stay in its caches.
@@ -27,6 +28,15 @@ MAX_INDICES = 2**20
 #: Samples that are evaluated at a time.
 EVALUATION_SIZE = 1024
 
+#: How training fails, the first that holds. diverged: a loss is not finite. dead: at the end the network is off for nearly all
+#: training samples: no unit of its last hidden layer is on, so that their gradients are exactly zero and f is 0 there whatever
+#: the label. above start: the final loss is above that at the start, of predicting 0, by more than rounding.
+Failure = Literal["diverged", "dead", "above start"]
+#: The share of training samples for which a dead network may still be on: it has not learned the others.
+ALIVE = 0.05
+#: Rounding of a mean loss, in units of the precision's epsilon.
+ROUNDING = 16
+
 
 class TrialResult(NamedTuple):
     """A trained trial.
@@ -34,7 +44,9 @@ class TrialResult(NamedTuple):
     params: on the host, NaN where it diverged. steps: (P,), of the points of the loss curve, ascending, the last the number of
     steps. losses: (P,), at each the mean of the minibatches' losses, each before its update, of all steps since the previous
     point; NaN from the divergence on. diverged_at_step: the first step, counted from 1, whose loss is not finite, or None.
-    metrics: final_loss and test_loss, means over all n_data and test samples; for images train_accuracy and test_accuracy;
+    failure: see `Failure`; None of a trial that trained.
+    metrics: final_loss and test_loss, means over all n_data and test samples; start_loss, that of predicting 0, as at theta_0,
+      over the n_data samples; for images train_accuracy and test_accuracy;
       num_params, num_data; activation_change, for each layer the root mean square, over training samples and units, of the
       change of its output since theta_0 (hidden layers after the relu, last the centred prediction). NaN where it diverged.
     seconds: of the call, over its trials.
@@ -45,6 +57,7 @@ class TrialResult(NamedTuple):
     steps: np.ndarray
     losses: np.ndarray
     diverged_at_step: int | None
+    failure: Failure | None
     metrics: dict[str, Any]
     seconds: float
 
@@ -121,6 +134,7 @@ def _train_trials(
     with threads:
         states = run_in_chunks(advance, states, start, num_blocks, after_chunk, buffer_blocks)
         measured = [_measure(program, state.weights, own, data, threads) for state, own in zip(states, lanes, strict=True)]
+    start_loss = _start_loss(spec, data)
     seconds = (time.perf_counter() - began) / len(specs)
     results: dict[int, TrialResult] = {}
     for group, state, of_group in zip(groups, states, measured, strict=True):
@@ -130,25 +144,42 @@ def _train_trials(
             metrics = {name: values[row, lane].tolist() for name, values in of_group.items()}
             weights = [weight[row, lane] for weight in host.weights]
             losses, diverged = host.curve[: len(steps), row, lane], int(host.diverged[row, lane])
-            results[index] = _result(specs[index], weights, steps, losses, diverged, metrics, seconds)
+            results[index] = _result(specs[index], weights, steps, losses, diverged, metrics, start_loss, seconds)
     return [results[index] for index in range(len(specs))]
 
 
 def _result(
     spec: TrialSpec, weights: list[np.ndarray], steps: np.ndarray, losses: np.ndarray, diverged: int, metrics: dict[str, Any],
-    seconds: float,
+    start_loss: float, seconds: float,
 ) -> TrialResult:  # fmt: skip
     """A trial's result; it also diverged if its last update did."""
     if not diverged and not np.isfinite(metrics["final_loss"]):
         diverged = spec.total_steps
+    failure = _failure(spec, bool(diverged), metrics.pop("alive"), start_loss, metrics["final_loss"])
     losses = np.array(losses)
     if diverged:
         weights = [np.full_like(weight, np.nan) for weight in weights]
         metrics = {name: [np.nan] * spec.depth if isinstance(value, list) else np.nan for name, value in metrics.items()}
         losses[steps >= diverged] = np.nan
     params = {f"layer_{layer}": {"w": np.ascontiguousarray(weight.T)} for layer, weight in enumerate(weights)}
-    metrics |= {"num_params": num_params(params), "num_data": spec.num_data}
-    return TrialResult(spec, params, steps, losses, diverged or None, metrics, seconds)
+    metrics |= {"start_loss": start_loss, "num_params": num_params(params), "num_data": spec.num_data}
+    return TrialResult(spec, params, steps, losses, diverged or None, failure, metrics, seconds)
+
+
+def _start_loss(spec: TrialSpec, data: TaskData) -> float:
+    """The mean loss of predicting 0 for all training samples, in float64."""
+    with jax.enable_x64(True):
+        y = jnp.asarray(data.y, jnp.float64)
+        return float(jnp.mean(sample_losses(spec.loss, jnp.zeros_like(y), y, axis=1)))
+
+
+def _failure(spec: TrialSpec, diverged: bool, alive: float, start: float, final: float) -> Failure | None:
+    """See `Failure`; `alive`: the share of the training samples for which some unit of the last hidden layer is on."""
+    if diverged:
+        return "diverged"
+    if alive <= ALIVE and final > 0:
+        return "dead"
+    return "above start" if final > start * (1 + ROUNDING * np.finfo(spec.precision).eps) else None
 
 
 def point_steps(total_steps: int, num_points: int) -> np.ndarray:
@@ -252,7 +283,7 @@ def _scaled(x: np.ndarray) -> np.ndarray:
 def _measure(
     program: Program, weights: tuple[jax.Array, ...], lanes: Lanes, data: TaskData, threads: ThreadPoolExecutor
 ) -> dict[str, np.ndarray]:
-    """See `TrialResult.metrics`; arrays (seed, lane) or (seed, lane, layer)."""
+    """See `TrialResult.metrics`, and `alive` of `_failure`; arrays (seed, lane) or (seed, lane, layer)."""
 
     def sums(x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
         size = min(max(len(data.x), len(data.x_test)), EVALUATION_SIZE)
@@ -273,7 +304,7 @@ def _measure(
         return jax.tree.map(lambda *values: np.sum(values, axis=0, dtype=np.float64) / len(x), *parts)
 
     train, test = sums(data.x, data.y), sums(data.x_test, data.y_test)
-    measures = {"final_loss": train["loss"], "test_loss": test["loss"]}
+    measures = {"final_loss": train["loss"], "test_loss": test["loss"], "alive": train["alive"]}
     if "accuracy" in train:
         measures |= {"train_accuracy": train["accuracy"], "test_accuracy": test["accuracy"]}
     return measures | {"activation_change": np.sqrt(train["change"])}

@@ -121,12 +121,15 @@ def make_program(spec: TrialSpec) -> Program:
 
     @jax.jit
     def evaluate(weights: tuple[jax.Array, ...], lanes: Lanes, x: jax.Array, y: jax.Array, counts: jax.Array) -> dict[str, Any]:
-        """Sums over the samples that count, (seed, lane); `change` of the layers' mean squares, (seed, lane, layer)."""
-        changes = [now - before for now, before in zip(network(weights, x), network(lanes.initial, x), strict=True)]
+        """Sums over the samples that count, (seed, lane); `alive` of those for which some unit of the last hidden layer is on,
+        `change` of the layers' mean squares, (seed, lane, layer)."""
+        outputs = network(weights, x)
+        changes = [now - before for now, before in zip(outputs, network(lanes.initial, x), strict=True)]
         changes[-1] = changes[-1] * lanes.scale[..., None, None]
         labels = y.T[None, None]
         sums = {
             "loss": sample_losses(spec.loss, changes[-1], labels, axis=2) @ counts,
+            "alive": jnp.any(outputs[-2] > 0, axis=2).astype(x.dtype) @ counts,
             "change": jnp.stack([jnp.mean(jnp.square(change), 2) @ counts for change in changes], -1),
         }
         if task.kind == "images":

@@ -14,10 +14,8 @@ from lambda_hat.batch_size.critical import collapse
 from lambda_hat.batch_size.plots.common import (
     MAX_LINES,
     MAX_PANELS,
-    WINDOW,
     columns_of,
     fullest,
-    groups,
     loss_axis,
     loss_label,
     panels,
@@ -25,8 +23,10 @@ from lambda_hat.batch_size.plots.common import (
     temperature,
 )
 from lambda_hat.batch_size.smoothing import smooth, updates_done
-from lambda_hat.batch_size.study import Study
-from lambda_hat.plots.style import BAND, EXACT, evenly, finish, number, sequential, title
+from lambda_hat.batch_size.study import Study, groups, losses
+from lambda_hat.batch_size.trades import WINDOW, smoothed
+from lambda_hat.plots.style import BAND, EXACT, evenly, finish, sequential, title
+from lambda_hat.text import number
 
 
 def plot_losscurve_temp_samples(study: Study) -> Figure | None:
@@ -63,7 +63,7 @@ def _by_temperature(study: Study, xlabel: str, clock: str, reference: bool) -> F
     group = fullest(found)
     table = group.table
     temperatures = temperature(table)
-    sizes = table["batch_size"].where(table["final_loss"].notna()).groupby(temperatures).nunique()
+    sizes = table["batch_size"].where(table["failure"].isna()).groupby(temperatures).nunique()
     several = sorted(sizes.index[sizes > 1])
     if not several:
         return None
@@ -75,8 +75,8 @@ def _by_temperature(study: Study, xlabel: str, clock: str, reference: bool) -> F
     for size, color in zip(shown_sizes, sequential(len(shown_sizes)), strict=True):
         axes[0].plot([], [], color=color, label=f"B={size}")  # the legend's order
     for ax, value in zip(axes, chosen, strict=True):
-        if reference and largest["final_loss"].notna().any():
-            best = largest[largest["eta"] == largest.groupby("eta")["final_loss"].median().idxmin()]
+        if reference and largest["failure"].isna().any():
+            best = largest[largest["eta"] == losses(largest).groupby(largest["eta"]).median().idxmin()]
             name = f"B={best['batch_size'].iloc[0]}, η={number(best['eta'].iloc[0])}"
             _draw(ax, study, best, best[clock].iloc[0], color=EXACT, linestyle="--", label=name)
         for size, color in zip(shown_sizes, sequential(len(shown_sizes)), strict=True):
@@ -89,20 +89,16 @@ def _by_temperature(study: Study, xlabel: str, clock: str, reference: bool) -> F
 
 def _parting(study: Study, trials: pd.DataFrame) -> str:
     """From which batch size on the curves at one temperature differ over samples seen."""
-    curves = [
-        (float(size), (steps, smooth(steps, losses, relative=WINDOW)))
-        for size, name in zip(trials["batch_size"], trials["trial_id"], strict=True) if name in study.curves
-        for steps, losses in [study.curves[name]]
-    ]  # fmt: skip
-    found = collapse(curves)
+    found = collapse(smoothed(study, trials))
     return "" if found is None or found.breaks_at is None else f"one curve up to B≈{found.breaks_at:.2g}"
 
 
 def _draw(ax: Axes, study: Study, trials: pd.DataFrame, per_step: float, **style: Any) -> None:
-    """The smoothed losses' median over seeds and their range; a cross where it ends because trials diverged."""
-    curves = [study.curves[name] for name in trials["trial_id"] if name in study.curves]
-    if not curves:
+    """The smoothed losses' median over seeds and their range; a cross at its end where half of the trials failed."""
+    trials = trials[trials["trial_id"].isin(study.curves)]
+    if trials.empty:
         return
+    curves = [study.curves[name] for name in trials["trial_id"]]
     steps = curves[0][0]
     losses = np.array([smooth(steps, of, relative=WINDOW) for at, of in curves if np.array_equal(at, steps)])
     losses = np.where(np.isfinite(losses) & (losses > 0), losses, np.inf)
@@ -116,7 +112,7 @@ def _draw(ax: Axes, study: Study, trials: pd.DataFrame, per_step: float, **style
     if len(losses) > 1:
         high = np.where(np.isfinite(losses), losses, 0).max(axis=0)
         ax.fill_between(x, losses.min(axis=0)[good], high[good], **BAND, color=style["color"])
-    if not good[-1]:
+    if 2 * trials["failure"].count() >= len(trials):
         ax.plot(x[-1], middle[good][-1], "x", color=style["color"], markersize=7, markeredgewidth=2)
 
 

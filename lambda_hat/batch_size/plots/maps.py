@@ -19,7 +19,6 @@ from lambda_hat.batch_size.fits import LAZY, RICH, richness_slopes
 from lambda_hat.batch_size.plots.common import (
     LABELS,
     columns_of,
-    groups,
     loss_label,
     optima,
     over_seeds,
@@ -27,13 +26,13 @@ from lambda_hat.batch_size.plots.common import (
     shown,
     slope_text,
 )
-from lambda_hat.batch_size.study import Study
+from lambda_hat.batch_size.study import Study, groups
 from lambda_hat.plots.style import COLORS, EXACT, fence, finish, log_axis, title
 
 #: The share of cells with a trial below which a set of trials is no grid, and is drawn as points.
 FILLED = 0.15
-#: Where trials diverged.
-DIVERGED: dict[str, Any] = {"facecolor": "#E0E0E0", "edgecolor": "#8A8A8A", "hatch": "////", "linewidth": 0.0}
+#: Where trials failed.
+FAILED: dict[str, Any] = {"facecolor": "#E0E0E0", "edgecolor": "#8A8A8A", "hatch": "////", "linewidth": 0.0}
 #: In legends.
 BEST: dict[str, Any] = {"marker": "o", "color": "black", "markerfacecolor": "white", "markersize": 5, "linestyle": "none"}
 AT_END: dict[str, Any] = {"marker": "X", "color": "white", "markerfacecolor": "black", "markersize": 6, "linestyle": "none"}
@@ -43,7 +42,7 @@ SLOPES = (Line2D([], [], **FITTED, label="fitted power"), Line2D([], [], **THEOR
 MARKS = (
     Line2D([], [], **BEST, label="best η"),
     Line2D([], [], **AT_END, label="at an end of the η tried"),
-    Patch(**DIVERGED, label="diverged"),
+    Patch(**FAILED, label="failed"),
 )
 
 
@@ -74,7 +73,8 @@ def _loss_maps(study: Study, by: str, name: str, over_temperature: bool = False)
     fig, axes = panels(heading, study.table, len(chosen), len(found), columns_of(chosen))
     maps = [over_seeds(group.table, by, "eta") for group in chosen]
     values = [log10(cells["median"]) for cells in maps]
-    norm = _loss_norm(study, np.concatenate(values))
+    low, high = fence(np.concatenate(values))
+    norm = Normalize(low, max(low + 0.01, high))
     lines: tuple[Line2D, ...] = ()
     for ax, group, cells, of in zip(axes, chosen, maps, values, strict=True):
         drawn = heatmap(ax, cells, by, of, norm, over_temperature=over_temperature)
@@ -88,15 +88,6 @@ def _loss_maps(study: Study, by: str, name: str, over_temperature: bool = False)
     color_bar(fig, drawn, axes, np.concatenate(values), f"log₁₀ {loss_label(study.table)}")
     finish(fig, axes, LABELS["temperature" if over_temperature else by], LABELS["eta"], (*MARKS, *lines))
     return fig
-
-
-def _loss_norm(study: Study, values: np.ndarray) -> Normalize:
-    """Colours for log10 of losses: up to the loss at the start, where it is known, and no outliers."""
-    low, high = fence(values)
-    starts = [losses[0] for _, losses in study.curves.values() if len(losses) and losses[0] > 0]
-    if starts:
-        high = min(high, float(np.log10(np.median(starts))))
-    return Normalize(low, max(low + 0.01, high))
 
 
 def _slopes(ax: Axes, table: pd.DataFrame) -> list[str]:
@@ -141,7 +132,7 @@ def heatmap(
     rows, row = np.unique(cells["eta"], return_inverse=True)
     finite = np.isfinite(values)
     if len(values) < FILLED * len(columns) * len(rows):
-        ax.scatter(x[~finite], cells["eta"][~finite], marker="x", color=DIVERGED["edgecolor"], s=20)
+        ax.scatter(x[~finite], cells["eta"][~finite], marker="x", color=FAILED["edgecolor"], s=20)
         at = (x[finite], cells["eta"][finite])
         return ax.scatter(*at, c=values[finite], norm=norm, cmap=cmap, s=30, edgecolors=EXACT, linewidths=0.4)
     grid = np.full((len(rows), len(columns)), np.nan)
@@ -152,7 +143,7 @@ def heatmap(
     corners = np.stack([across, up], axis=-1)
     lost = [Polygon([corners[i, j], corners[i, j + 1], corners[i + 1, j + 1], corners[i + 1, j]])
             for i, j in zip(row[~finite], column[~finite], strict=True)]  # fmt: skip
-    ax.add_collection(PatchCollection(lost, **DIVERGED))
+    ax.add_collection(PatchCollection(lost, **FAILED))
     return ax.pcolormesh(across, up, np.ma.masked_invalid(grid), norm=norm, cmap=cmap)
 
 

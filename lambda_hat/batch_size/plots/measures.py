@@ -9,9 +9,9 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from lambda_hat.batch_size.plots.common import LABELS, MAX_LINES, Group, groups, loss_label, over_seeds, panels, shown
-from lambda_hat.batch_size.plots.maps import DIVERGED, color_bar, heatmap, log10
-from lambda_hat.batch_size.study import Study
+from lambda_hat.batch_size.plots.common import LABELS, MAX_LINES, loss_label, over_seeds, panels, shown
+from lambda_hat.batch_size.plots.maps import FAILED, color_bar, heatmap, log10
+from lambda_hat.batch_size.study import Group, Study, groups
 from lambda_hat.plots.style import BAND, EXACT, evenly, fence, finish, log_axis, sequential, title
 from lambda_hat.trials.spec import TrialSpec
 
@@ -33,7 +33,7 @@ def plot_sharpness(study: Study) -> Figure | None:
         _map(fig, left, group, "sharpness")
         title(left, group.label)
         _against_rate(right, group.table[group.table["sharpness"] > 0])
-    finish(fig, axes, LABELS["batch_size"], LABELS["eta"], [Patch(**DIVERGED, label="diverged")])
+    finish(fig, axes, LABELS["batch_size"], LABELS["eta"], [Patch(**FAILED, label="failed")])
     for ax in axes[1::2]:
         ax.set(xlabel="learning rate applied to the weights", ylabel="sharpness")
     return fig
@@ -71,7 +71,7 @@ def plot_llc(study: Study) -> Figure | None:
         for ax, name in ((left, "final_loss"), (right, "llc")):
             _map(fig, ax, group, name)
             title(ax, "final loss" if ax is left else "llc", group.label)
-    finish(fig, axes, LABELS["batch_size"], LABELS["eta"], [Patch(**DIVERGED, label="diverged")])
+    finish(fig, axes, LABELS["batch_size"], LABELS["eta"], [Patch(**FAILED, label="failed")])
     return fig
 
 

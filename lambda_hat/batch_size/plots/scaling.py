@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -11,14 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lambda_hat.batch_size.critical import CriticalBatchSize, Curve, critical_batch_size, steps_to_target
 from lambda_hat.batch_size.fits import power_slope, width_transfer
 from lambda_hat.batch_size.plots.common import (
     LABELS,
     MAX_LINES,
-    WINDOW,
     columns_of,
-    groups,
     loss_axis,
     loss_label,
     optima,
@@ -27,25 +23,10 @@ from lambda_hat.batch_size.plots.common import (
     shown,
     slope_text,
 )
-from lambda_hat.batch_size.smoothing import smooth
-from lambda_hat.batch_size.study import Study
-from lambda_hat.plots.style import BAND, COLORS, EXACT, MARKERS, color, evenly, finish, log_axis, number, sequential, title
-
-#: The share of batch sizes that reach the target loss, and the fewest that say anything.
-REACHING, MIN_SIZES = 0.75, 3
-
-
-class Trade(NamedTuple):
-    """Steps for samples in one setting.
-
-    table: of each batch size and seed the trial that needs the fewest `steps`, and whether its learning rate is `at_end` of
-    those tried. noise_scale: the gradient noise scale at the end of these trials, their median.
-    """
-
-    label: str
-    table: pd.DataFrame
-    fit: CriticalBatchSize | None
-    noise_scale: float | None
+from lambda_hat.batch_size.study import Study, groups
+from lambda_hat.batch_size.trades import Trade, trades
+from lambda_hat.plots.style import BAND, COLORS, EXACT, MARKERS, color, evenly, finish, log_axis, sequential, title
+from lambda_hat.text import number
 
 
 def plot_width_transfer(study: Study) -> Figure | None:
@@ -85,7 +66,7 @@ def plot_width_transfer(study: Study) -> Figure | None:
 
 def plot_coordinate_check(study: Study) -> Figure | None:
     """The root mean square change of each layer's output in training against the width, at the learning rate that is best for
-    all widths together, of those at which none diverged; slopes near 0 are what muP is made for. None for fewer than two
+    all widths together, of those at which none failed; slopes near 0 are what muP is made for. None for fewer than two
     widths."""
     layers = [str(name) for name in study.table if str(name).startswith("activation_change_")]
     several = [group for group in groups(study.table, "width", "eta", least=1) if group.table["width"].nunique() > 1]
@@ -102,7 +83,7 @@ def plot_coordinate_check(study: Study) -> Figure | None:
     for ax, group in zip(axes, chosen, strict=True):
         log_axis(ax, "x", group.table["width"])
         for index, name in enumerate(layers):
-            rows = group.table[(group.table[name] > 0) & group.table["final_loss"].notna()]
+            rows = group.table[(group.table[name] > 0) & group.table["failure"].isna()]
             if rows.empty:
                 continue
             cells = over_seeds(rows, "width", of=name)
@@ -147,39 +128,6 @@ def plot_steps_to_target(study: Study) -> Figure | None:
     return fig
 
 
-def trades(study: Study) -> tuple[float, list[Trade]]:
-    """The target loss of `plot_steps_to_target`, and what it takes in each setting in which three batch sizes reach it."""
-    found = groups(study.table, "batch_size", "eta", least=1)
-    best = [group.table.groupby(["batch_size", "seed"])["final_loss"].min().groupby("batch_size").median() for group in found]
-    known = [of.dropna() for of in best if of.notna().sum() >= MIN_SIZES]
-    target = max((float(of.quantile(REACHING, "higher")) for of in known), default=math.nan)
-    needed = []
-    for group in found:
-        table = _fewest(group.table, study.curves, target)
-        if table["batch_size"].nunique() >= MIN_SIZES:
-            fit = critical_batch_size(table["batch_size"].to_numpy(), table["steps"].to_numpy())
-            noise = table["gradient_noise_scale"] if "gradient_noise_scale" in table else pd.Series(dtype=float)
-            noise = noise[np.isfinite(noise) & (noise > 0)]
-            needed.append(Trade(group.label, table, fit, float(noise.median()) if len(noise) else None))
-    return target, needed
-
-
-def _fewest(table: pd.DataFrame, curves: dict[str, Curve], target: float) -> pd.DataFrame:
-    """Of each batch size and seed the trial that needs the fewest `steps`, and whether its learning rate is `at_end`."""
-    rates = table.groupby("batch_size")["eta"]
-    timed = table.assign(at_end=(table["eta"] == rates.transform("min")) | (table["eta"] == rates.transform("max")))
-    # Of trials that are below the target in the end: a noisy curve dips below losses that the trial has not reached.
-    timed = timed[(timed["final_loss"] <= target) & timed["trial_id"].isin(curves)]
-    steps = []
-    for name, num_steps in zip(timed["trial_id"], timed["num_steps"], strict=True):
-        at, losses = curves[name]
-        taken = steps_to_target((at, smooth(at, losses, relative=WINDOW)), target)
-        steps.append(num_steps if taken is None else taken)
-    timed = timed.assign(steps=np.array(steps, np.float64))
-    timed = timed[timed["steps"] > 0]
-    return timed.loc[timed.groupby(["batch_size", "seed"])["steps"].idxmin()]
-
-
 def _trade(axes: list[Axes], trade: Trade, shade: str) -> None:
     """Steps and samples over the batch size, and the fit."""
     table, fit = trade.table, trade.fit
@@ -207,7 +155,7 @@ def _trade(axes: list[Axes], trade: Trade, shade: str) -> None:
 
 
 def _common_rate(table: pd.DataFrame) -> float | None:
-    """The learning rate of the lowest loss, on geometric average over the widths, of those at which no width diverged."""
+    """The learning rate of the lowest loss, on geometric average over the widths, of those at which no width failed."""
     losses = over_seeds(table, "width", "eta").pivot(index="eta", columns="width", values="median")
     survived = losses[np.isfinite(losses).all(axis=1)]
     return None if survived.empty else float(np.log(survived.clip(lower=np.finfo(float).tiny)).mean(axis=1).idxmin())
