@@ -106,7 +106,7 @@ def _width(study: Study) -> None:
 
 
 def _critical(study: Study) -> None:
-    target, [trade] = trades(study)
+    [trade] = trades(study)
     fit = trade.fit
     assert fit is not None
     _heads("B", "fewest steps (median of seeds)", "samples")
@@ -114,7 +114,7 @@ def _critical(study: Study) -> None:
         _row(size, f"{steps:.0f}", f"{size * steps:,.0f}")
     low, high = fit.batch_size_interval
     limit = "never" if fit.linear_limit is None else f"at B = {fit.linear_limit:.0f}"
-    print(f"\ntarget loss {target:.4f}: critical batch size {fit.batch_size:.0f} [{low:.0f}, {high:.0f}]; "
+    print(f"\ntarget loss {study.target_loss:.4f}: critical batch size {fit.batch_size:.0f} [{low:.0f}, {high:.0f}]; "
           f"20 % more samples than at the smallest B: {limit}\n")  # fmt: skip
     _noise_scales(trade.table)
     _heads("eta / B", "batch sizes", "RMS difference in log loss at equal samples", "breaks at (10 %)")

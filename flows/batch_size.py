@@ -84,7 +84,7 @@ def _publish(
     if ids:
         runs = [run for run in study.runs(settings, study.trials) if run.run_id in result["run_ids"]]
         result |= summary(artifacts.load_study(store, ids, runs))
-        compared = study.name, ids, store, study.options.plots, runs
+        compared = study.name, ids, store, study.options.plots, runs, study.options.target_loss
         address, publish = study_address(artifacts.study_id(*compared)), functools.partial(artifacts.publish_study, *compared)
         label = f"{study.name}: {len(ids)} of {len(study.trials)} trials"
         files, error = show("batch-size-results", result["best"], label, address, publish, store, place)

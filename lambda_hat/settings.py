@@ -113,6 +113,9 @@ class StudyExperiment(Experiment):
     plots: tuple[str, ...] = Field(default=(), description="names of plots; none = all that apply")
     keep: bool = Field(default=False, description="whether trained networks are kept as targets")
     curvature: bool = Field(default=False, description="whether the curvature and the noise scale at the end are measured")
+    target_loss: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="of critical batch sizes; none = one that most batch sizes reach"
+    )
 
 
 class EntropyExperiment(Experiment):

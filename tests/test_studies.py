@@ -598,6 +598,33 @@ def test_a_study_of_another_version_is_not_shown(run, store, monkeypatch):
     assert "was made by version 1. Run it again, or name other studies." in result.err
 
 
+def test_the_target_loss_of_studies(run, store, tmp_path):
+    """That of a study, set or found, holds for selections; of joined ones the one they share, else that of all their trials."""
+    more = [trial(batch_size=size, eta=eta) for size in (32, 100, 200) for eta in (1.0, 8.0)]
+    for batch in batches(more):
+        train_batch(batch, store)
+    ids = [spec.target_id for spec in more]
+    found = publish_study("found", ids, store, ["heatmap_batch"])
+    chosen = publish_study("set", ids, store, ["heatmap_batch"], target_loss=0.09)
+    assert found.id != chosen.id
+    assert (found.summary["target_loss"], chosen.summary["target_loss"]) == (load_study(store, ids).target_loss, 0.09)
+
+    def shown(*arguments):
+        """The loss of the critical batch sizes in a report."""
+        result = run("study", *arguments, "--report", "report.html", "--plot", "heatmap_batch", store_uri=store.uri)
+        assert (result.status, result.err) == (0, "")
+        return re.search(r"of training to a loss of ([0-9.]+),", (tmp_path / "report.html").read_text())[1]
+
+    of_all = load_study(store, [*ids, *IDS]).target_loss
+    assert shown("found") == f"{found.summary['target_loss']:.5g}" != shown("set") == "0.09"
+    assert shown("set", "--where", "batch_size=100,200,32", "eta=8") == "0.09"
+    assert shown("set", "--target-loss", "0.095") == "0.095"
+    assert shown("found", "plain") == f"{of_all:.5g}"
+    result = run("study", "--target-loss", "-1", store_uri=store.uri)
+    assert (result.status, result.out) == (2, "")
+    assert "a loss is a positive number; got '-1'" in result.err
+
+
 def test_plots_of_a_study(run, tmp_path):
     folder = tmp_path / "new" / "figures"
     result = run("study", "--plot", "heatmap_batch", "width_transfer", "--to", str(folder))

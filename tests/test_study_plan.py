@@ -113,9 +113,10 @@ def test_precision():
 
 
 def test_options_of_a_study():
-    assert make_study(SETTINGS).options.model_dump(include={"plots", "keep", "curvature"}) == {
-        "plots": (), "keep": False, "curvature": False,
+    assert make_study(SETTINGS).options.model_dump(include={"plots", "keep", "curvature", "target_loss"}) == {
+        "plots": (), "keep": False, "curvature": False, "target_loss": None,
     }  # fmt: skip
+    assert make_study(SETTINGS, None, ["target_loss=1e-2"]).options.target_loss == 0.01
     kept = make_study(SETTINGS, "kept")
     assert (kept.options.keep, kept.options.plots, kept.keeps) == (True, ("heatmap_batch",), True)
     for text, plots in (("plots=llc", ("llc",)), ("plots=[llc,sharpness]", ("llc", "sharpness"))):
@@ -159,6 +160,9 @@ def test_runs_sample_the_trials():
         (["task=3"], ["task preset", "got '3'"]),
         (["plots=[heatmap]"], ["plot must be a known name; got 'heatmap'", "Did you mean"]),
         (["plots=3"], ["study.plots", "got 3"]),
+        (["target_loss=0"], ["study.target_loss must be greater than 0; got 0"]),
+        (["target_loss=0.1,0.2"], ["study.target_loss must be a valid number; got (0.1, 0.2)"]),
+        (["target_loss=1e999"], ["study.target_loss must be a finite number"]),
         (["keep=true,false"], ["study.keep must be a valid boolean; got (True, False)"]),
         (["sampler=sgdl"], ["sampler preset must be a known name; got 'sgdl'. Did you mean 'sgld'?"]),
         (["sampler=hmc", "sampler.num_drawz=1"], ["Did you mean 'sampler.num_draws'?"]),

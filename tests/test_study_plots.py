@@ -17,7 +17,7 @@ from lambda_hat.batch_size.report import MAX_TRIALS, _best, study_report
 from lambda_hat.batch_size.smoothing import smooth, updates_done
 from lambda_hat.batch_size.study import Study, failures, losses, settings, swept, where
 from lambda_hat.batch_size.summary import summary
-from lambda_hat.batch_size.trades import trades
+from lambda_hat.batch_size.trades import default_target, trades
 from lambda_hat.spec import InvalidInput
 
 #: The model: trials of rate R / (1 + BC/B) at the best learning rate have the loss exp(-rate updates).
@@ -56,8 +56,12 @@ def trial(eta, batch_size, richness=1.0, width=64, seed=1, parameterization="mup
 
 def study_of(**axes):
     """A study of the whole grid of these values."""
-    trials = [trial(**dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
-    return Study(pd.DataFrame([row for row, _ in trials]), {row["trial_id"]: curve for row, curve in trials})
+    return of_trials([trial(**dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())])
+
+
+def of_trials(trials):
+    table = pd.DataFrame([row for row, _ in trials])
+    return Study(table, {row["trial_id"]: curve for row, curve in trials}, default_target(table))
 
 
 def measured(study):
@@ -84,8 +88,7 @@ def scattered(fixed=False):
     richness, width = 10 ** rng.uniform(-2, 2, 40), rng.integers(8, 300, 40)
     if fixed:
         richness, width = np.ones(40), np.full(40, 64)
-    trials = [trial(*values) for values in zip(eta, batch_size, richness, width, strict=True)]
-    return Study(pd.DataFrame([row for row, _ in trials]), {row["trial_id"]: curve for row, curve in trials})
+    return of_trials([trial(*values) for values in zip(eta, batch_size, richness, width, strict=True)])
 
 
 def without_curves():
@@ -98,7 +101,7 @@ def holes():
     for _, curve in list(study.curves.values())[::5]:
         curve[3], curve[5] = np.inf, 0.0
     table = study.table.assign(final_loss=study.table["final_loss"].mask(np.arange(len(study.table)) % 7 == 0, 0.0))
-    return Study(table[np.arange(len(table)) % 3 > 0], study.curves)
+    return study._replace(table=table[np.arange(len(table)) % 3 > 0])
 
 
 MAPS, CURVES = {"heatmap_batch", "heatmap_temp"}, {"losscurve_temp_samples", "losscurve_temp_eff_steps", "losscurve_grid"}
@@ -224,8 +227,8 @@ def test_what_failed_otherwise_counts_as_what_diverged():
     for name in ("width_transfer", "coordinate_check", "losscurve_temp_samples", "losscurve_temp_eff_steps"):
         found, same = ([ax.get_title() for ax in PLOTS[name](study).axes] for study in (failed, diverged))
         assert found == same
-    (target, found), (same_target, same) = map(trades, (failed, diverged))
-    assert (target, [trade.fit for trade in found]) == (same_target, [trade.fit for trade in same])
+    assert default_target(failed.table) == diverged.target_loss
+    assert [trade.fit for trade in trades(failed)] == [trade.fit for trade in trades(diverged)]
     best, same_best = (_best(study.table, swept(study.table)) for study in (failed, diverged))
     assert best == same_best
     best, same_best = (summary(study)["best"] for study in (failed, diverged))
@@ -348,7 +351,7 @@ def test_steps_to_target_finds_the_critical_batch_size():
     study = measured(
         study_of(batch_size=[4, 8, 16, 32, 64, 128, 256, 512, 1024], eta=[2.0**k for k in range(-10, 3)], seed=[0, 1, 2])
     )
-    target, (found,) = trades(study)
+    (found,), target = trades(study), study.target_loss
     # The window, the interpolation and the grid of learning rates each move the steps by some percent.
     assert found.fit.batch_size == pytest.approx(BC, rel=0.1)
     assert found.fit.min_steps == pytest.approx(-np.log(target) / RATE, rel=0.1)
@@ -362,6 +365,36 @@ def test_steps_to_target_finds_the_critical_batch_size():
     assert f"training to a loss of {target:.3g}" in fig.get_suptitle()
     # Three quarters of the batch sizes get there.
     assert found.table["batch_size"].nunique() >= 0.75 * 9
+    best = study.table.groupby(["batch_size", "seed"])["final_loss"].min().groupby("batch_size").median()
+    assert target == sorted(best)[6]  # of nine the seventh: 0.75 of the distance from the lowest to the highest
+
+
+def test_the_target_loss_is_the_study_s_whatever_is_shown():
+    """Of a setting with lower losses, alone, the fit is the same as beside others; and it is to the loss that was set."""
+    sizes = [4, 16, 64, 256, 1024]
+    study = study_of(
+        batch_size=sizes, eta=[2.0**k for k in range(-10, 3)], seed=[0, 1, 2], width=[32, 64], parameterization=["sp"]
+    )
+    whole = {trade.label: trade for trade in trades(study)}
+    shifted = study.table.assign(
+        final_loss=study.table["final_loss"].where(study.table["width"] == 32, study.table["final_loss"] / 2)
+    )
+    assert default_target(where(study._replace(table=shifted), ["width=64"]).table) < default_target(shifted)
+    for width in (32, 64):
+        alone = where(study, [f"width={width}"])
+        (found,) = trades(alone)
+        assert (alone.target_loss, found.fit) == (study.target_loss, whole[f"width={width}"].fit)
+        page = " ".join(" ".join(Page(study_report("stu_1", "x", alone, {})).texts).split())
+        assert f"of training to a loss of {study.target_loss:.5g}, the target loss of the study" in page
+    chosen = study._replace(target_loss=0.5)
+    assert all(
+        "to a loss of 0.5" in row[5]
+        for row in Page(study_report("stu_1", "x", chosen, {})).rows
+        if row[0] == "critical batch size"
+    )
+    steps = {trade.label: trade.fit.min_steps for trade in trades(chosen)}
+    assert all(steps[label] < trade.fit.min_steps for label, trade in whole.items())
+    assert trades(study._replace(target_loss=None)) == []
 
 
 def test_sharpness_against_the_rate_that_the_weights_feel():
@@ -490,7 +523,7 @@ def test_report_says_what_was_run_and_found(studied):
         [width, "0.25", "256", f"{best:.5g}"] for width in ("32", "64")
     ]
     assert any(row[0] == "exponent of the best η over N" and row[4] == "0" for row in page.rows)
-    _, (found, _) = trades(study)
+    found, _ = trades(study)
     (row,) = (row for row in page.rows if row[:2] == ["critical batch size", "width=32"])
     assert row[2] == f"{found.fit.batch_size:.5g}"
     assert row[4] == "gradient noise scale 70.4"

@@ -175,13 +175,18 @@ def measure_curvature(target_id: str, store: Store) -> Manifest:
     return store.publish(address, {"density.npz": density}, spec={"target_id": target_id}, summary=summary)
 
 
-def load_study(store: Store, trial_ids: Sequence[str], runs: Sequence[RunSpec] = ()) -> Study:
+def load_study(store: Store, trial_ids: Sequence[str], runs: Sequence[RunSpec] = (), target_loss: float | None = None) -> Study:
     """The table and the curves of these trials, with the curvatures there are, and the llc of these runs that are diagnosed.
+
+    Args:
+      target_loss: the study's; none = `default_target` of all these trials.
 
     Raises:
       ArtifactError: a trial was not trained, or its result is damaged.
     """
     import pandas as pd
+
+    from lambda_hat.batch_size.trades import default_target
 
     places = trained(store)
     missing = [trial_id for trial_id in trial_ids if trial_id not in places]
@@ -205,33 +210,38 @@ def load_study(store: Store, trial_ids: Sequence[str], runs: Sequence[RunSpec] =
         table["llc"] = [llcs.get(trial_id, {}).get("llc", np.nan) for trial_id in trial_ids]
         table["llc_mcse"] = [llcs.get(trial_id, {}).get("mcse", np.nan) for trial_id in trial_ids]
         table["verdict"] = [llcs.get(trial_id, {}).get("verdict", "") for trial_id in trial_ids]
-    return Study(table, {trial_id: curves[trial_id] for trial_id in trial_ids})
+    target = default_target(table) if target_loss is None else target_loss
+    return Study(table, {trial_id: curves[trial_id] for trial_id in trial_ids}, target)
 
 
-def study_id(name: str, trial_ids: Sequence[str], store: Store, plots: Sequence[str] = (), runs: Sequence[RunSpec] = ()) -> str:
+def study_id(
+    name: str, trial_ids: Sequence[str], store: Store, plots: Sequence[str] = (), runs: Sequence[RunSpec] = (),
+    target_loss: float | None = None,
+) -> str:  # fmt: skip
     """The id of a comparison of trained trials; it is another one when other curvatures are in the store."""
     return content_id("sty", {
         "versions": [STUDY_VERSION, DIAGNOSIS_VERSION], "name": name, "plots": list(plots), "trial_ids": sorted(trial_ids),
-        "run_ids": sorted(run.run_id for run in runs),
+        "run_ids": sorted(run.run_id for run in runs), "target_loss": target_loss,
         "curvature_ids": sorted(m.id for m in store.manifests(map(curvature_address, trial_ids))),
     })  # fmt: skip
 
 
 def publish_study(
-    name: str, trial_ids: Sequence[str], store: Store, plots: Sequence[str] = (), runs: Sequence[RunSpec] = ()
-) -> Manifest:
+    name: str, trial_ids: Sequence[str], store: Store, plots: Sequence[str] = (), runs: Sequence[RunSpec] = (),
+    target_loss: float | None = None,
+) -> Manifest:  # fmt: skip
     """Publishes the comparison of trained trials, or finds it: results.csv, results.parquet, curves.npz, plots, report.html.
 
     Raises:
       ArtifactError: a trial was not trained, or its result is damaged. InvalidInput: a plot is not known.
     """
-    address = study_address(study_id(name, trial_ids, store, plots, runs))
+    address = study_address(study_id(name, trial_ids, store, plots, runs, target_loss))
     if (manifest := store.manifest(address)) is not None:
         return manifest
     from lambda_hat.batch_size.plots import draw_plots
     from lambda_hat.batch_size.report import study_report
 
-    study = load_study(store, trial_ids, runs)
+    study = load_study(store, trial_ids, runs, target_loss)
     places = trained(store)
     drawn = draw_plots(study, plots)
     made_at = max(m.created_at for m in store.manifests({places[trial_id] for trial_id in trial_ids}))
@@ -246,7 +256,11 @@ def publish_study(
         "name": name, "trials_ids": sorted({places[trial_id].id for trial_id in trial_ids}),
         "target_ids": sorted(trial_ids), "run_ids": sorted(run.run_id for run in runs),  # as targets, as far as they are kept
     }  # fmt: skip
-    summary = {"num_trials": len(trial_ids), "num_failed": sum(failures(study.table).values())}
+    summary = {
+        "num_trials": len(trial_ids),
+        "num_failed": sum(failures(study.table).values()),
+        "target_loss": study.target_loss,
+    }
     return store.publish(address, files, spec=spec, summary=summary)
 
 

@@ -65,6 +65,7 @@ def study_report(study_id: str, name: str, study: Study, plots: Mapping[str, byt
         constant={key: value for key, value in constant.items() if value not in (None, "", "()")},
         axes=[(key, len(values), _listed(values)) for key in varied for values in [distinct(table[key])]],
         best=_best(table, varied),
+        target_loss=study.target_loss,
         fits=fits[:MAX_FITS],
         num_fits=len(fits),
         plots={key: (png, caption(PLOTS.get(key))) for key, png in plots.items()},
@@ -105,14 +106,13 @@ def _fits(study: Study) -> Iterator[Fit]:
         # Meant by muP with the learning rates of this package; see TrialSpec.
         transfers = set(group.table["parameterization"]) == {"mup"} and "original" not in set(group.table["rate_rule"])
         yield from _slope("exponent of the best η over N", group, width_transfer(group.table).slope, "0" if transfers else "–")
-    target, needed = trades(study)
-    for trade in needed:
+    for trade in trades(study):
         fit = trade.fit
         if fit is None:
             continue
         noise = "–" if trade.noise_scale is None else f"gradient noise scale {trade.noise_scale:.3g}"
         setting = trade.label or ALL
-        note = f"to a loss of {target:.3g}"
+        note = f"to a loss of {study.target_loss:.3g}"
         beyond = "" if fit.in_range else "; beyond the batch sizes tried"
         yield Fit("critical batch size", setting, fit.batch_size, fit.batch_size_interval, noise, note + beyond)
         yield Fit("fewest steps", setting, fit.min_steps, fit.min_steps_interval, "–", f"{note}, B → ∞")

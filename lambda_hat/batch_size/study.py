@@ -27,10 +27,12 @@ class Study(NamedTuple):
     table: one row a trial: `trial_id`, its settings, `temperature` eta/batch_size, `samples` seen, and what was measured, NaN
     where it was not or where the trial diverged; `failure`, see `lambda_hat.trials.engine.Failure`, missing where training did
     not fail. curves: trial_id -> (steps, losses), the mean loss of the minibatches of all steps since the point before.
+    target_loss: to which critical batch sizes are fitted, the same for whatever of the study is looked at; None for none.
     """
 
     table: pd.DataFrame
     curves: dict[str, tuple[np.ndarray, np.ndarray]]
+    target_loss: float | None = None
 
 
 def losses(table: pd.DataFrame) -> pd.Series:
@@ -52,7 +54,7 @@ def failed_text(counts: Mapping[str, int]) -> str:
 def where(study: Study, texts: Sequence[str]) -> Study:
     """The trials of which all conditions hold, see `rows_where`."""
     table = rows_where(study.table, texts).reset_index(drop=True)
-    return Study(table, {name: study.curves[name] for name in table["trial_id"] if name in study.curves})
+    return study._replace(table=table, curves={name: study.curves[name] for name in table["trial_id"] if name in study.curves})
 
 
 def rows_where(table: pd.DataFrame, texts: Sequence[str]) -> pd.DataFrame:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -31,22 +30,32 @@ class Trade(NamedTuple):
     noise_scale: float | None
 
 
-def trades(study: Study) -> tuple[float, list[Trade]]:
-    """The target loss of `plot_steps_to_target`, and what it takes in each setting in which three batch sizes reach it."""
-    found = groups(study.table, "batch_size", "eta", least=1)
-    tables = [group.table for group in found]
+def default_target(table: pd.DataFrame) -> float | None:
+    """The lowest loss that the share `REACHING` of the batch sizes reach at their best learning rates, median over the seeds;
+    of several settings, that of the worst. None where no setting has three batch sizes.
+
+    Args:
+      table: of all trials of a study. A selection of them would be compared at another loss.
+    """
+    tables = [group.table for group in groups(table, "batch_size", "eta", least=1)]
     best = [losses(of).groupby([of["batch_size"], of["seed"]]).min().groupby("batch_size").median() for of in tables]
     known = [of.dropna() for of in best if of.notna().sum() >= MIN_SIZES]
-    target = max((float(of.quantile(REACHING, "higher")) for of in known), default=math.nan)
-    needed = []
-    for group in found:
-        table = _fewest(group.table, study.curves, target)
+    return max((float(of.quantile(REACHING, "higher")) for of in known), default=None)
+
+
+def trades(study: Study) -> list[Trade]:
+    """What the study's target loss takes in each setting in which three batch sizes reach it."""
+    needed: list[Trade] = []
+    if study.target_loss is None:
+        return needed
+    for group in groups(study.table, "batch_size", "eta", least=1):
+        table = _fewest(group.table, study.curves, study.target_loss)
         if table["batch_size"].nunique() >= MIN_SIZES:
             fit = critical_batch_size(table["batch_size"].to_numpy(), table["steps"].to_numpy())
             noise = table["gradient_noise_scale"] if "gradient_noise_scale" in table else pd.Series(dtype=float)
             noise = noise[np.isfinite(noise) & (noise > 0)]
             needed.append(Trade(group.label, table, fit, float(noise.median()) if len(noise) else None))
-    return target, needed
+    return needed
 
 
 def _fewest(table: pd.DataFrame, curves: dict[str, Curve], target: float) -> pd.DataFrame:

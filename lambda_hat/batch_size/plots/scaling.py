@@ -106,15 +106,12 @@ def plot_coordinate_check(study: Study) -> Figure | None:
 def plot_steps_to_target(study: Study) -> Figure | None:
     """Steps and samples to a target loss, each batch size at the learning rate that needs fewest, with the fitted trade of one
     for the other, the critical batch size and, where it was measured, the gradient noise scale. None where no three batch
-    sizes of one setting reach a loss.
-
-    The target is the lowest loss that three quarters of the batch sizes reach; of several settings, that of the worst.
-    """
-    target, needed = trades(study)
+    sizes of one setting reach it."""
+    needed = trades(study)
     if not needed:
         return None
     chosen = evenly(needed, len(COLORS))
-    fig, axes = panels(f"training to a loss of {target:.3g}", study.table, 2, 2, height=3.6 + 0.12 * len(chosen))
+    fig, axes = panels(f"training to a loss of {study.target_loss:.3g}", study.table, 2, 2, height=3.6 + 0.12 * len(chosen))
     for index, trade in enumerate(chosen):
         _trade(axes, trade, color(index))
     for ax in axes:
