@@ -84,11 +84,17 @@ def _publish(
     if ids:
         runs = [run for run in study.runs(settings, study.trials) if run.run_id in result["run_ids"]]
         result |= summary(artifacts.load_study(store, ids, runs))
-        compared = study.name, ids, store, study.options.plots, runs, study.options.target_loss
+        options = study.options
+        compared = study.name, ids, store, options.plots, runs, options.target_loss
         address, publish = study_address(artifacts.study_id(*compared)), functools.partial(artifacts.publish_study, *compared)
         label = f"{study.name}: {len(ids)} of {len(study.trials)} trials"
         files, error = show("batch-size-results", result["best"], label, address, publish, store, place)
-        result |= {"errors": [*result["errors"], error]} if error else {"study_id": address.id, "files": files}
+        if error:
+            result["errors"].append(error)
+        else:
+            manifest = store.manifest(address)
+            assert manifest is not None  # it was just shown
+            result |= {"study_id": address.id, "files": files, "not_drawn": manifest.summary["not_drawn"]}
     if result["num_untrained"] or result["runs_failed"]:
         raise RunsFailed(incomplete(result), result)
     return result

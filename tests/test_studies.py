@@ -404,6 +404,18 @@ def test_a_study_without_names_has_all_plots_that_apply(trained_store):
     assert drawn <= PLOTS.keys()
     assert {"heatmap_batch", "losscurve_grid"} <= drawn
     assert "width_transfer" not in drawn  # there is one width
+    assert manifest.summary["not_drawn"].keys() == PLOTS.keys() - drawn
+    assert "there are 1 of width and 3 of eta" in manifest.summary["not_drawn"]["width_transfer"]
+
+
+def test_a_study_of_no_plots_has_none(store):
+    manifest = publish_study("plain", IDS, store, [])
+    assert not [file.name for file in manifest.files if file.name.endswith(".png")]
+    assert manifest.summary["not_drawn"] == {}
+    assert manifest.id != publish_study("plain", IDS, store).id
+    page = store.read(manifest.address, "report.html").decode()
+    assert "<img" not in page
+    assert "could not be drawn" not in page
 
 
 def test_what_a_study_is_made_of(trained_store, empty):
@@ -631,7 +643,12 @@ def test_plots_of_a_study(run, tmp_path):
     assert result.status == 0
     assert result.out.split() == [str(folder / "heatmap_batch.png")]
     assert (folder / "heatmap_batch.png").read_bytes().startswith(b"\x89PNG")
-    assert "do not apply: width_transfer" in result.err
+    why = "it takes 2 values of width and of eta in one setting; there are 1 of width and 3 of eta in all"
+    assert result.err == f"width_transfer is not drawn: {why}\n"
+    result = run("study", "--plot", "width_transfer", "llc", "--to", "figures")
+    assert (result.status, result.out) == (2, "")
+    assert "takes one that can be drawn; width_transfer is not drawn: it takes 2 values of width" in result.err
+    assert not Path("figures").exists()
 
 
 def test_report_of_a_study(run, tmp_path):
@@ -640,6 +657,11 @@ def test_report_of_a_study(run, tmp_path):
     assert result.out.startswith("report.html: 3 trials of sty_")
     page = (tmp_path / "report.html").read_text()
     assert all((identity in page) == (identity != LARGE.target_id) for identity in IDS)
+    assert ": 3 of 4 trials</h1>" in page.replace("\n", "")
+    assert "<strong>batch_size=16</strong>" in page
+    # By --plot alone none is drawn.
+    result = run("study", "--report", "report.html", "--plot")
+    assert (result.status, "<img" in (tmp_path / "report.html").read_text()) == (0, False)
 
 
 @pytest.mark.parametrize(
@@ -655,6 +677,8 @@ def test_report_of_a_study(run, tmp_path):
         (["--where", "eta=12345"], ["There must be a trial; none fits eta=12345."]),
         (["--format", "parquet"], ["Parquet is binary and needs --output FILE"]),
         (["--plot", "heatmap", "--to", "figures"], ["A plot must be known by name; got 'heatmap'"]),
+        (["--plot", "heatmap_batch"], ["--plot chooses plots of a folder or a report; got neither. Add --to DIR"]),
+        (["--format", "csv", "--to", "figures"], ["--format is of the table; got csv with --to or --report."]),
         (["--output", "no/such/folder/file.csv"], ["Files must be written where there is permission and room"]),
         (["--report", "no/such/folder/file.html", "--plot", "heatmap_batch"], ["Files must be written"]),
         (["--to", "settings.toml", "--plot", "heatmap_batch"], ["Files must be written"]),

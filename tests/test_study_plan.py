@@ -114,12 +114,15 @@ def test_precision():
 
 def test_options_of_a_study():
     assert make_study(SETTINGS).options.model_dump(include={"plots", "keep", "curvature", "target_loss"}) == {
-        "plots": (), "keep": False, "curvature": False, "target_loss": None,
+        "plots": None, "keep": False, "curvature": False, "target_loss": None,
     }  # fmt: skip
     assert make_study(SETTINGS, None, ["target_loss=1e-2"]).options.target_loss == 0.01
     kept = make_study(SETTINGS, "kept")
     assert (kept.options.keep, kept.options.plots, kept.keeps) == (True, ("heatmap_batch",), True)
-    for text, plots in (("plots=llc", ("llc",)), ("plots=[llc,sharpness]", ("llc", "sharpness"))):
+    for text, plots in (
+        ("plots=llc", ("llc",)), ("plots=[llc,sharpness]", ("llc", "sharpness")), ("plots=llc,sharpness", ("llc", "sharpness")),
+        ("plots=[]", ()),
+    ):  # fmt: skip
         changed = make_study(SETTINGS, "kept", [text, "keep=false"])
         assert (changed.options.plots, changed.options.keep, changed.keeps) == (plots, False, False)
     assert make_study(SETTINGS, None, ["curvature=true"]).keeps
@@ -159,6 +162,7 @@ def test_runs_sample_the_trials():
         (["task=digit"], ["task preset must be a known name; got 'digit'. Did you mean 'digits'?"]),
         (["task=3"], ["task preset", "got '3'"]),
         (["plots=[heatmap]"], ["plot must be a known name; got 'heatmap'", "Did you mean"]),
+        (["plots=none"], ["plots= is a list of names; got 'plots=none'. plots=[] draws none; leave it out for all"]),
         (["plots=3"], ["study.plots", "got 3"]),
         (["target_loss=0"], ["study.target_loss must be greater than 0; got 0"]),
         (["target_loss=0.1,0.2"], ["study.target_loss must be a valid number; got (0.1, 0.2)"]),

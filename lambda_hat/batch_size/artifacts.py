@@ -215,22 +215,26 @@ def load_study(store: Store, trial_ids: Sequence[str], runs: Sequence[RunSpec] =
 
 
 def study_id(
-    name: str, trial_ids: Sequence[str], store: Store, plots: Sequence[str] = (), runs: Sequence[RunSpec] = (),
+    name: str, trial_ids: Sequence[str], store: Store, plots: Sequence[str] | None = None, runs: Sequence[RunSpec] = (),
     target_loss: float | None = None,
 ) -> str:  # fmt: skip
     """The id of a comparison of trained trials; it is another one when other curvatures are in the store."""
     return content_id("sty", {
-        "versions": [STUDY_VERSION, DIAGNOSIS_VERSION], "name": name, "plots": list(plots), "trial_ids": sorted(trial_ids),
+        "versions": [STUDY_VERSION, DIAGNOSIS_VERSION], "name": name, "plots": plots, "trial_ids": sorted(trial_ids),
         "run_ids": sorted(run.run_id for run in runs), "target_loss": target_loss,
         "curvature_ids": sorted(m.id for m in store.manifests(map(curvature_address, trial_ids))),
     })  # fmt: skip
 
 
 def publish_study(
-    name: str, trial_ids: Sequence[str], store: Store, plots: Sequence[str] = (), runs: Sequence[RunSpec] = (),
+    name: str, trial_ids: Sequence[str], store: Store, plots: Sequence[str] | None = None, runs: Sequence[RunSpec] = (),
     target_loss: float | None = None,
 ) -> Manifest:  # fmt: skip
     """Publishes the comparison of trained trials, or finds it: results.csv, results.parquet, curves.npz, plots, report.html.
+
+    Args:
+      plots: names; none given = all that can be drawn. The summary's `not_drawn` has the others, and why. target_loss: see
+        `load_study`.
 
     Raises:
       ArtifactError: a trial was not trained, or its result is damaged. InvalidInput: a plot is not known.
@@ -245,7 +249,7 @@ def publish_study(
     places = trained(store)
     drawn = draw_plots(study, plots)
     made_at = max(m.created_at for m in store.manifests({places[trial_id] for trial_id in trial_ids}))
-    files = {f"{plot}.png": png for plot, png in drawn.items()}
+    files = {f"{plot}.png": png for plot, png in drawn.pngs.items()}
     files["results.csv"] = study.table.to_csv(index=False).encode()
     files["results.parquet"] = study.table.to_parquet()
     files["curves.npz"] = pack_arrays(
@@ -257,10 +261,9 @@ def publish_study(
         "target_ids": sorted(trial_ids), "run_ids": sorted(run.run_id for run in runs),  # as targets, as far as they are kept
     }  # fmt: skip
     summary = {
-        "num_trials": len(trial_ids),
-        "num_failed": sum(failures(study.table).values()),
-        "target_loss": study.target_loss,
-    }
+        "num_trials": len(trial_ids), "num_failed": sum(failures(study.table).values()), "target_loss": study.target_loss,
+        "not_drawn": drawn.left_out,
+    }  # fmt: skip
     return store.publish(address, files, spec=spec, summary=summary)
 
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lambda_hat.manifest import Address
+from lambda_hat.manifest import Address, Manifest
 from lambda_hat.spec import ALGORITHM_VERSION, InvalidInput
 from lambda_hat.store import Store
 from lambda_hat.study_views import add_options, emit, find_studies, refusals, rendered, write_plots, write_report
@@ -81,11 +81,12 @@ def _study(store: Store, options: argparse.Namespace) -> int:
         if options.to is None and options.report is None:
             emit(rendered(_shown(study) if options.format == "table" else study.table, options.format), options.output)
         else:
-            _drawn(study, addresses, options)
+            _drawn(study, len(whole.table), store.manifests(addresses), options)
     return 0
 
 
-def _drawn(study: Study, addresses: list[Address], options: argparse.Namespace) -> None:
+def _drawn(study: Study, num_trials: int, manifests: list[Manifest], options: argparse.Namespace) -> None:
+    """Plots or a report of a study, a selection of `num_trials` of the studies of these manifests."""
     from lambda_hat.batch_size.plots import draw_plots
     from lambda_hat.batch_size.report import study_report
 
@@ -93,8 +94,9 @@ def _drawn(study: Study, addresses: list[Address], options: argparse.Namespace) 
     if options.to is not None:
         write_plots(drawn, options)
     else:
-        ids = ", ".join(address.id for address in addresses)
-        page = study_report(ids, " and ".join(options.studies), study, drawn)
+        ids = ", ".join(manifest.id for manifest in manifests)
+        name = " and ".join(dict.fromkeys(manifest.spec["name"] for manifest in manifests))
+        page = study_report(ids, name, study, drawn, chosen=options.where, num_trials=num_trials)
         write_report(page, options, f"{len(study.table)} trials of {ids}")
 
 

@@ -89,6 +89,7 @@ def text(result: Mapping[str, Any]) -> str:
         lines += [f"{result.get('study_id', result['name'])}: {counts}; the best of them above"]
     if files := result.get("files"):
         lines += files_of(files)
+        lines += [f"  {name} is not drawn: {why}" for name, why in result["not_drawn"].items()]
     return "\n".join(lines)
 
 

@@ -29,6 +29,12 @@ LABELS = {
 LOSSES = {"mse": "mean squared error", "cross_entropy": "cross-entropy (nats)"}
 
 
+def too_few(table: pd.DataFrame, *axes: str, least: int = 2) -> str:
+    """Why a plot over these axes cannot be drawn, where `groups` finds nothing."""
+    counts = " and ".join(f"{table[axis].nunique()} of {axis}" for axis in axes)
+    return f"it takes {least} values of {' and of '.join(axes)} in one setting; there are {counts} in all"
+
+
 def shown(found: Sequence[Group], most: int = MAX_PANELS) -> list[Group]:
     """At most `most` of the groups, evenly spaced in each of their settings."""
     values = {name: list(dict.fromkeys(group.values[name] for group in found)) for name in (found[0].values if found else ())}
@@ -93,11 +99,18 @@ def loss_label(table: pd.DataFrame) -> str:
     return LOSSES.get(kinds[0], kinds[0]) if len(kinds) == 1 else "loss"
 
 
+def some(drawn: Sequence[Any], every: Sequence[Any], what: str) -> str:
+    """How many of what there is are drawn, where not all are."""
+    return f"{len(drawn)} of {len(every)} {what}" if len(drawn) < len(every) else ""
+
+
 def panels(
-    title: str, table: pd.DataFrame, count: int, found: int, columns: int = MAX_COLUMNS, height: float = 3.2, **subplots: Any
-) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels under a title, which says so where more were found."""
-    return grid(f"{title} · {seeds_text(table)}", identity(table), count, found, columns, height, **subplots)
+    title: Sequence[str], table: pd.DataFrame, count: int, found: int, columns: int = MAX_COLUMNS, height: float = 3.2,
+    **subplots: Any,
+) -> tuple[Figure, list[Axes]]:  # fmt: skip
+    """A figure of `count` panels under a title of several parts, which says so where more were found."""
+    heading = " · ".join(filter(None, [*title, seeds_text(table)]))
+    return grid(heading, identity(table), count, found, columns, height, **subplots)
 
 
 def loss_axis(axes: Sequence[Axes], losses: np.ndarray) -> None:

@@ -22,6 +22,8 @@ from lambda_hat.batch_size.plots.common import (
     panels,
     shown,
     slope_text,
+    some,
+    too_few,
 )
 from lambda_hat.batch_size.study import Study, groups
 from lambda_hat.batch_size.trades import Trade, trades
@@ -29,56 +31,60 @@ from lambda_hat.plots.style import BAND, COLORS, EXACT, MARKERS, color, evenly, 
 from lambda_hat.text import number
 
 
-def plot_width_transfer(study: Study) -> Figure | None:
+def plot_width_transfer(study: Study) -> Figure | str:
     """Final loss against learning rate, a line for each width with its best rate, and a panel for each other setting: the best
-    rates are one where the rate transfers. None for fewer than two widths or learning rates."""
+    rates are one where the rate transfers."""
     found = groups(study.table, "width", "eta")
     if not found:
-        return None
-    chosen = shown(found)
-    fig, axes = panels(
-        "learning-rate transfer across widths", study.table, len(chosen), len(found), columns_of(chosen), sharey=True
-    )
-    widths = evenly(sorted(set(study.table["width"])), MAX_LINES)
+        return too_few(study.table, "width", "eta")
+    if study.table["failure"].notna().all():
+        return "every trial failed"
+    chosen, every = shown(found), sorted(set(study.table["width"]))
+    widths = evenly(every, MAX_LINES)
+    heading = ["learning-rate transfer across widths", some(widths, every, "widths")]
+    fig, axes = panels(heading, study.table, len(chosen), len(found), columns_of(chosen), sharey=True)
     drawn = []
+    stars: dict[str, Line2D] = {}  # those that are drawn, in no width's colour
     for ax, group in zip(axes, chosen, strict=True):
         cells = over_seeds(group.table, "width", "eta")
         best = optima(group.table, "width")
         log_axis(ax, "x", cells["eta"])
         for width, shade in zip(widths, sequential(len(widths)), strict=True):
             line = cells[(cells["width"] == width) & np.isfinite(cells["median"])]
+            if line.empty:
+                continue
             drawn.append(line["median"])
             ax.plot(line["eta"], line["median"], ".-", color=shade, linewidth=1.4, label=f"N={width}")
             high = line["high"].where(np.isfinite(line["high"]), line["median"])
             ax.fill_between(line["eta"], line["low"], high, **BAND, color=shade)
             if width in best:
-                face = "white" if best[width].flag == "edge" else shade
-                ax.plot(2.0 ** best[width].log2_eta, best[width].loss, "*", color=shade, markerfacecolor=face, markersize=12)
+                at_end = best[width].flag == "edge"
+                label, face = ("at an end of the η tried", "white") if at_end else ("best η", None)
+                ax.plot(2.0 ** best[width].log2_eta, best[width].loss, "*", color=shade, ms=12, mfc=face or shade)
+                stars[label] = Line2D([], [], marker="*", ls="none", color=EXACT, ms=10, mfc=face or EXACT, label=label)
         slope = width_transfer(group.table).slope
         title(ax, group.label, "" if slope is None else f"exponent of best η over N: {slope_text(slope)}")
     loss_axis(axes, np.concatenate(drawn))
-    star = Line2D(
-        [], [], marker="*", linestyle="none", color=EXACT, markersize=10, label="best η (hollow: at an end of the η tried)"
-    )
-    finish(fig, axes, LABELS["eta"], f"final {loss_label(study.table)}", [star])
+    finish(fig, axes, LABELS["eta"], f"final {loss_label(study.table)}", list(stars.values()))
     return fig
 
 
-def plot_coordinate_check(study: Study) -> Figure | None:
+def plot_coordinate_check(study: Study) -> Figure | str:
     """The root mean square change of each layer's output in training against the width, at the learning rate that is best for
-    all widths together, of those at which none failed; slopes near 0 are what muP is made for. None for fewer than two
-    widths."""
+    all widths together, of those at which none failed; slopes near 0 are what muP is made for."""
     layers = [str(name) for name in study.table if str(name).startswith("activation_change_")]
     several = [group for group in groups(study.table, "width", "eta", least=1) if group.table["width"].nunique() > 1]
     rates = [_common_rate(group.table) for group in several]
     found = [group._replace(table=group.table[group.table["eta"] == rate])
              for group, rate in zip(several, rates, strict=True) if rate is not None]  # fmt: skip
-    if not found or not any((group.table[layers] > 0).any(axis=None) for group in found):
-        return None
-    chosen = shown(found)
-    fig, axes = panels(
-        "change of each layer's output in training", study.table, len(chosen), len(found), columns_of(chosen), sharey=True
-    )
+    if not several:
+        return too_few(study.table, "width")
+    if not found:
+        return "it takes a learning rate at which half of the seeds or more do not fail at any width; there is none"
+    if not any((group.table[layers] > 0).any(axis=None) for group in found):
+        return "no layer's output changed"
+    chosen, heading = shown(found), ["change of each layer's output in training"]
+    fig, axes = panels(heading, study.table, len(chosen), len(found), columns_of(chosen), sharey=True)
     drawn: list[float] = []
     for ax, group in zip(axes, chosen, strict=True):
         log_axis(ax, "x", group.table["width"])
@@ -103,24 +109,24 @@ def plot_coordinate_check(study: Study) -> Figure | None:
     return fig
 
 
-def plot_steps_to_target(study: Study) -> Figure | None:
-    """Steps and samples to a target loss, each batch size at the learning rate that needs fewest, with the fitted trade of one
-    for the other, the critical batch size and, where it was measured, the gradient noise scale. None where no three batch
-    sizes of one setting reach it."""
+def plot_steps_to_target(study: Study) -> Figure | str:
+    """Steps and samples to the target loss, each batch size at the learning rate that needs fewest, with the fitted trade of
+    one for the other, the critical batch size and, where it was measured, the gradient noise scale."""
     needed = trades(study)
     if not needed:
-        return None
+        goal = "a loss" if study.target_loss is None else f"the target loss, {study.target_loss:.3g}"
+        return f"it takes three batch sizes of one setting that reach {goal} after the first step; no setting has them"
     chosen = evenly(needed, len(COLORS))
-    fig, axes = panels(f"training to a loss of {study.target_loss:.3g}", study.table, 2, 2, height=3.6 + 0.12 * len(chosen))
+    heading = [f"training to a loss of {study.target_loss:.3g}", some(chosen, needed, "settings")]
+    fig, axes = panels(heading, study.table, 2, 2, height=3.6 + 0.12 * len(chosen))
     for index, trade in enumerate(chosen):
         _trade(axes, trade, color(index))
     for ax in axes:
         log_axis(ax, "x", pd.concat([trade.table["batch_size"] for trade in chosen]))
         ax.set(yscale="log", xlabel=LABELS["batch_size"])
-    hollow = Line2D(
-        [], [], marker="o", linestyle="none", color=EXACT, markerfacecolor="white", label="at an end of the η tried"
-    )
-    finish(fig, axes, LABELS["batch_size"], "steps to the target", [hollow], ncols=1)
+    hollow = Line2D([], [], marker="o", linestyle="none", color=EXACT, mfc="white", label="at an end of the η tried")
+    at_end = any(trade.table["at_end"].any() for trade in chosen)
+    finish(fig, axes, LABELS["batch_size"], "steps to the target", [hollow] if at_end else [], ncols=1)
     axes[1].set_ylabel("samples to the target")
     return fig
 
