@@ -16,6 +16,7 @@ from flows.orchestration import Command, RunsFailed, command_line, parser
 from flows.runs import compute, run_each, show
 from flows.tasks import Place, begin, measure, train
 from lambda_hat.batch_size import artifacts
+from lambda_hat.batch_size.ends import find_ends
 from lambda_hat.batch_size.plan import StudyPlan, describe, make_study
 from lambda_hat.batch_size.summary import incomplete, label, outcome, preview, summary, text
 from lambda_hat.manifest import study_address
@@ -57,7 +58,7 @@ def _train(study: StudyPlan, store: Store, place: Place, runtime: Runtime) -> li
     get_run_logger().info("%d of %d trials are in the store", len(study.trials) - len(missing), len(study.trials))
     calls = [
         (artifacts.trials_id(batch), label(batch), [trial.model_dump(mode="json") for trial in batch], study.keeps, place)
-        for batch in artifacts.batches(missing)
+        for batch in artifacts.batches(missing, find_ends(store, missing))
     ]
     return run_each(train, calls, runtime)
 

@@ -161,6 +161,30 @@ def test_a_larger_study_trains_what_is_missing(run, store, settings_file):
     assert (found["status"], found["target_id"], found["llc"]) == ("cached", trial.target_id, diagnosis["llc"])
 
 
+def test_a_longer_study_goes_on_from_a_shorter_one(run, store, settings_file, command):
+    """To the same bits; what is new is trained beside it."""
+    run(store, "eta=1,16", "batch_size=16")
+    shown = command("--dry-run", "eta=1,4,16", "batch_size=16", "num_steps=60", "--store", store.uri)
+    assert [row.split()[-2:] for row in shown.out.splitlines()[2:-1]] == [["3", "3"]]
+    samples = 16 * (3 * 60 - 2 * 28)
+    assert shown.out.splitlines()[-1] == f"3 trials, 2 of them from the ends of shorter ones; {samples:,} samples to train on"
+    longer = run(store, "eta=1,4,16", "batch_size=16", "num_steps=60")
+    assert longer.error is None
+    names = (
+        "train images, width 8, batch size 16: 2 trials",
+        "train images, width 8, batch size 16: eta 4, richness 1, seed 0",
+        "compare default: 3 of 3 trials",
+    )
+    assert tasks(longer, 3) == dict.fromkeys(names, "Completed")
+    fresh = Store(f"{store.uri} afresh")
+    run(fresh, "eta=1,16", "batch_size=16", "num_steps=60")
+    ids = [trial.target_id for trial in trials_of(settings_file, "eta=1,16", "batch_size=16", "num_steps=60")]
+    here, there = (artifacts.load_study(place, ids) for place in (store, fresh))
+    assert here.table.drop(columns="seconds").equals(there.table.drop(columns="seconds"))
+    for name in ids:
+        np.testing.assert_array_equal(here.curves[name][1], there.curves[name][1])
+
+
 def test_curvature(run, store, settings_file, monkeypatch):
     """It is measured where training did not diverge, of networks that are kept for it."""
 

@@ -32,6 +32,7 @@ from lambda_hat.batch_size.artifacts import (
     trials_id,
     unexamined,
 )
+from lambda_hat.batch_size.ends import find_ends
 from lambda_hat.batch_size.plots import PLOTS
 from lambda_hat.batch_size.study import settings
 from lambda_hat.batch_size.summary import summary, text
@@ -130,7 +131,11 @@ def test_results_of_a_batch(trained_store):
     batch = [SMALL, FAST, LOST]
     manifest = trained_store.manifest(trials_address(trials_id(batch)))
     assert (manifest.summary["num_trials"], manifest.summary["num_failed"]) == (3, 1)
-    assert manifest.spec == {"trial_ids": sorted(spec.target_id for spec in batch)}
+    in_order = sorted(batch, key=lambda spec: spec.course_id)
+    assert manifest.spec == {
+        "trial_ids": [spec.target_id for spec in in_order],
+        "course_ids": [spec.course_id for spec in in_order],
+    }
     rows = {row["trial_id"]: row for row in json.loads(trained_store.read(manifest.address, "results.json"))}
     assert list(rows) == manifest.spec["trial_ids"]
     assert [TrialSpec.from_dict(rows[spec.target_id]["spec"]) for spec in batch] == batch
@@ -194,6 +199,72 @@ def test_a_training_that_was_killed_goes_on_bit_for_bit(empty, tmp_path):
     for name in ("steps", "losses"):
         resumed, whole = (unpack_arrays(place.read(address, "curves.npz"))[name] for place in (empty, undisturbed))
         np.testing.assert_array_equal(resumed, whole, strict=True)
+
+
+def of_length(specs, num_steps):
+    return [spec.model_copy(update={"num_steps": num_steps, "num_epochs": None}) for spec in specs]
+
+
+@pytest.mark.usefixtures("library_promotion")
+@pytest.mark.parametrize("fields", [{"batch_size": 5}, {"optimizer": "adam", "eta": 0.01}, {"momentum": 0.9}])
+def test_longer_trials_go_on_from_the_ends_of_shorter_ones(empty, tmp_path, fields):
+    """To the bits of training from the start: results, curves and ends, in whatever order the trials are asked for."""
+    eta = fields.get("eta", 1.0)
+    specs = [trial(**fields | {"eta": of, "seed": seed}) for of in (eta, 2 * eta) for seed in (0, 1)]
+    longer, undisturbed = of_length(specs, 75), Store(str(tmp_path / "undisturbed"))
+    train_batch(longer, undisturbed)
+    assert find_ends(empty, longer) == {}
+    train_batch(specs[::-1], empty)
+    places = find_ends(empty, longer)
+    (step,) = {place.step for place in places.values()}
+    assert places.keys() == {spec.target_id for spec in longer}
+    assert 30 - 12 < step <= 30
+    assert batches(longer, places) == [longer]
+    # What is shorter than what is there begins anew, and so does another course.
+    assert find_ends(empty, [*of_length(specs, step - 1), trial(**fields | {"seed": 5})]) == {}
+    done = []
+    train_batch(longer, empty, progress=lambda steps, *_: done.append(steps))
+    assert min(done) > step
+    address = trials_address(trials_id(longer))
+    assert results(empty, longer) == results(undisturbed, longer)
+    for name in ("curves.npz", "ends.npz"):
+        assert empty.read(address, name) == undisturbed.read(address, name)
+    # And on, from the longest: 15 epochs of 200 samples.
+    again = [spec.model_copy(update={"num_steps": None, "num_epochs": 15}) for spec in specs]
+    assert {place.step for place in find_ends(empty, again).values()} == {empty.manifest(address).summary["end_step"]} != {step}
+
+
+def test_what_goes_on_from_different_steps_is_trained_apart(empty):
+    """Of a study that asks for more of all: trials of one length, and one that is new."""
+    first, second, new = (trial(eta=eta) for eta in (1.0, 2.0, 3.0))
+    train_batch([first], empty)
+    train_batch(of_length([second], 50), empty)
+    longer = of_length([first, second, new], 80)
+    places = find_ends(empty, longer)
+    assert [sorted(spec.eta for spec in batch) for batch in batches(longer, places)] == [[1.0], [2.0], [3.0]]
+    assert len(batches(longer)) == 1  # by what is asked for alone
+    assert [places[spec.target_id].step for spec in longer[:2]] == [28, 48]  # in blocks of 4 steps of 16
+    done = []
+    train_batch(longer, empty, progress=lambda steps, *_: done.append(steps))  # all together they begin at the start
+    assert min(done) < 28
+
+
+def test_ends_that_are_too_large_are_not_kept(empty, monkeypatch):
+    monkeypatch.setattr("lambda_hat.batch_size.ends.MAX_BYTES", 1000)
+    manifest = train_batch([SMALL], empty)
+    assert {file.name for file in manifest.files} == {"results.json", "curves.npz"}
+    (longer,) = of_length([SMALL], 60)
+    assert find_ends(empty, [longer]) == {}
+    done = []
+    train_batch([longer], empty, progress=lambda steps, *_: done.append(steps))
+    assert min(done) < 30
+
+
+def test_a_damaged_end_is_said(store):
+    address = trials_address(trials_id([LARGE]))
+    flip(store, address, "ends.npz")
+    with pytest.raises(ArtifactError, match=r"with SHA-256"):
+        train_batch(of_length([LARGE], 50), store)
 
 
 def test_a_checkpoint_of_finished_training_is_cleared(store):

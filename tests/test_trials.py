@@ -33,7 +33,7 @@ def trial(**fields):
         "batch_size": 16,
         "num_steps": 7,
         "seed": 3,
-        "num_points": 500,
+        "points_per_doubling": 500,
     }
     return TrialSpec(**(default | fields))
 
@@ -391,20 +391,118 @@ def test_teachers_have_their_moments():
 
 def test_points_of_the_curve():
     np.testing.assert_array_equal(point_steps(5, 10), [1, 2, 3, 4, 5])
-    np.testing.assert_array_equal(point_steps(1000, 1), [1000])
-    steps = point_steps(100_000, 100)
-    assert 80 <= len(steps) <= 100
-    assert (np.diff(steps) > 0).all()
-    assert set(range(2000, 100_001, 2000)) <= set(steps)
-    assert steps[0] == 1
-    # Each point is the mean of the steps since the one before.
-    spec = trial(batch_size=2, num_steps=100, num_points=8)
-    every = train_by_hand(spec)[1]
-    (result,) = train_trials([spec])
-    starts = [0, *result.steps[:-1]]
-    expected = [np.mean(every[a:b]) for a, b in zip(starts, result.steps, strict=True)]
-    np.testing.assert_allclose(result.losses, expected, rtol=1e-12)
-    assert result.steps[-1] == 100
+    np.testing.assert_array_equal(point_steps(40, 4), [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40])
+    np.testing.assert_array_equal(point_steps(1000, 1), [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000])
+    for total in (1, 7, 63, 64, 65, 1000, 2**16, 2**16 + 1, 2**30):
+        steps = point_steps(total, 32)
+        assert steps[-1] == total
+        assert (np.diff(steps, prepend=0) > 0).all()
+        assert len(steps) <= min(total, 64 + 32 * math.ceil(max(0.0, math.log2(total / 64))))
+        # Those of a longer training, as far as they go.
+        assert set(steps[:-1]) < set(point_steps(3 * total, 32)) | {0}
+        assert point_steps(total, 1000).max() < 2**31
+    # Each point is the mean of the steps since the one before, wherever the last one ends.
+    for num_steps in (97, 100, 112):
+        spec = trial(batch_size=2, num_steps=num_steps, points_per_doubling=4)
+        every = train_by_hand(spec)[1]
+        (result,) = train_trials([spec])
+        starts = [0, *result.steps[:-1]]
+        expected = [np.mean(every[a:b]) for a, b in zip(starts, result.steps, strict=True)]
+        np.testing.assert_allclose(result.losses, expected, rtol=1e-12)
+        np.testing.assert_array_equal(result.steps, point_steps(num_steps, 4))
+
+
+EXTENDED = [
+    {"batch_size": 5},  # in blocks of 12 steps
+    {"batch_size": 5, "depth": 3, "richness": 0.3},
+    {"momentum": 0.9},
+    {"optimizer": "adam", "eta": 0.01},
+    {"optimizer": "adam", "eta": 0.01, "depth": 3, "loss": "cross_entropy"},
+    {"task": CUBIC.model_copy(update={"fresh": True}), "batch_size": 3, "eta": 1e-3},  # in blocks of 21
+]
+
+
+@pytest.mark.usefixtures("library_promotion")
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize("fields", EXTENDED)
+def test_training_goes_on_from_a_shorter_one_s_end_to_the_same_bits(fields, precision, monkeypatch):
+    """Wherever the shorter ones ended: within an epoch, a block of steps, a point of the curve; some trials fail at once."""
+    eta, fatal = fields.get("eta", 1.0), {"float32": 1e35, "float64": 1e300}[precision]
+    common = {**fields, "precision": precision, "points_per_doubling": 4, "num_steps": 130}
+    specs = [trial(**common | {"eta": of, "seed": seed}) for of in (eta, 2 * eta, fatal) for seed in (0, 1)]
+    whole = train_trials(specs)
+    assert [result.failure == "diverged" for result in whole[:4]] == [False] * 4
+    assert whole[4].failure in ("diverged", "dead")
+    steps = []
+
+    def shorter(num_steps, ends=None):
+        cut = [spec.model_copy(update={"num_steps": num_steps}) for spec in specs]
+        assert [a.course_id for a in cut] == [b.course_id for b in specs]
+        return train_trials(cut, lambda done, *_: steps.append(done), ends=ends)
+
+    ends = [result.end for result in shorter(50)]
+    first = ends[0].step
+    assert 50 - 21 < first <= 50
+    assert {end.step for end in ends} == {first}
+    # Twice: of ends of trainings that went on themselves.
+    between = shorter(77, ends)
+    for a, b in zip(between, train_trials([result.spec for result in between]), strict=True):
+        assert_same(a, b)
+    steps.clear()
+    for a, b in zip(
+        train_trials(specs, lambda done, *_: steps.append(done), ends=[of.end for of in between]), whole, strict=True
+    ):
+        assert_same(a, b)
+        np.testing.assert_array_equal(a.end.curve, b.end.curve)
+        for leaf, same in zip(a.end.leaves, b.end.leaves, strict=True):
+            np.testing.assert_array_equal(leaf, same)
+    assert min(steps) > between[0].end.step > first
+    # As long as the shorter one, of which only what is no whole block is trained again.
+    for a, b in zip(shorter(50, ends), shorter(50), strict=True):
+        assert_same(a, b)
+    # One that was stopped further on goes on from there.
+    saves = []
+    monkeypatch.setattr(chunks, "CHUNK_SECONDS", 1e-9)
+    train_trials(specs, save=saves.append)
+    steps.clear()
+    again = train_trials(specs, lambda done, *_: steps.append(done), resume=saves[-1], ends=ends)
+    assert min(steps) > saves[-1].step > first
+    for a, b in zip(again, whole, strict=True):
+        assert_same(a, b)
+
+
+@pytest.mark.usefixtures("library_promotion")
+def test_ends_that_do_not_fit_are_ignored():
+    specs = [trial(optimizer="adam", eta=0.01, num_steps=30, seed=seed) for seed in (0, 1)]
+    whole = train_trials(specs)
+    ends = [result.end for result in train_trials([spec.model_copy(update={"num_steps": 20}) for spec in specs])]
+    wider = train_trials([trial(optimizer="adam", eta=0.01, num_steps=20, width=12, seed=seed) for seed in (0, 1)])
+    longer = train_trials([spec.model_copy(update={"num_steps": 40}) for spec in specs])
+    for unfit in ([of.end for of in wider], [of.end for of in longer], [ends[0], ends[1]._replace(step=19)]):
+        for a, b in zip(train_trials(specs, ends=unfit), whole, strict=True):
+            assert_same(a, b)
+
+
+def test_trials_trained_with_others_go_on_alone():
+    """But for rounding, as in all trainings beside others."""
+    specs = [trial(**fields, batch_size=4, num_steps=20) for fields in MIXED]
+    ends = [result.end for result in train_trials(specs)]
+    longer = [spec.model_copy(update={"num_steps": 50}) for spec in specs]
+    for index in (0, 3, 8):
+        (alone,), (on,) = train_trials([longer[index]]), train_trials([longer[index]], ends=[ends[index]])
+        np.testing.assert_allclose(on.losses, alone.losses, rtol=1e-11)
+
+
+def test_trainings_of_few_steps_are_one_program():
+    """Whatever their lengths."""
+    from lambda_hat.trials.program import make_program, program_key
+
+    lengths = (3, 70, 1000)
+    programs = {program_key(trial(num_steps=steps, width=11)) for steps in lengths}
+    assert len(programs) == 1
+    for steps in lengths:
+        train_trials([trial(num_steps=steps, width=11)])
+    assert len(make_program(programs.pop()).advance.programs) == 1
 
 
 def test_the_target_of_a_trial(tmp_path):
@@ -448,6 +546,8 @@ def test_a_spec_comes_back_from_its_json():
         ({"task": {"kind": "images", "n_data": 1500, "n_test": 400}}, "must be at most 1797 together with dataset=digits"),
         ({"task": {"kind": "images", "dataset": "fashion-mnist", "n_data": 70_000}}, "n_data must be at most 60000"),
         ({"depth": 1}, "greater than or equal to 2"),
+        ({"num_steps": 2**30 + 1}, "less than or equal to 1073741824"),
+        ({"num_steps": None, "num_epochs": 2**29}, "at most 1073741824 steps; num_epochs=536870912 are 1610612736"),
     ],
 )  # fmt: skip
 def test_trials_that_cannot_be(fields, message):

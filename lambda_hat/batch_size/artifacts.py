@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 
 from lambda_hat import artifacts
 from lambda_hat.arrays import flatten, pack_arrays, unpack_arrays
+from lambda_hat.batch_size.ends import Place, load_ends, pack_ends
 from lambda_hat.batch_size.study import Study, failures
 from lambda_hat.chunks import Progress, no_progress
 from lambda_hat.manifest import (
@@ -43,11 +44,16 @@ MAX_TOGETHER = 512
 _MEASURED = ("sharpness", "hessian_trace", "gradient_noise_scale")
 
 
-def batches(specs: Sequence[TrialSpec]) -> list[list[TrialSpec]]:
-    """The trials one program can train together: different in eta, richness and seed only."""
-    groups: dict[TrialSpec, list[TrialSpec]] = defaultdict(list)
+def batches(specs: Sequence[TrialSpec], places: Mapping[str, Place] | None = None) -> list[list[TrialSpec]]:
+    """The trials one program can train together: different in eta, richness and seed only.
+
+    Args:
+      places: trial_id -> where it goes on, see `find_ends`; those that go on from different steps are trained apart.
+    """
+    groups: dict[tuple[TrialSpec, int], list[TrialSpec]] = defaultdict(list)
     for spec in specs:
-        groups[spec.static()].append(spec)
+        place = (places or {}).get(spec.target_id)
+        groups[spec.static(), 0 if place is None else place.step].append(spec)
     return [group[start : start + MAX_TOGETHER] for group in groups.values() for start in range(0, len(group), MAX_TOGETHER)]
 
 
@@ -63,9 +69,11 @@ def trained(store: Store) -> dict[str, Address]:
 
 
 def train_batch(specs: Sequence[TrialSpec], store: Store, keep: bool = False, progress: Progress = no_progress) -> Manifest:
-    """Trains a batch of `batches`, or finds it: each trial's result in results.json, their loss curves in curves.npz.
+    """Trains a batch of `batches`, or finds it: each trial's result in results.json, their loss curves in curves.npz, and in
+    ends.npz where a longer training goes on.
 
-    Interrupted training goes on from where it was saved last and gives the numbers of an uninterrupted one.
+    Interrupted training goes on from where it was saved last, longer training from where a shorter one of the same trials
+    ended; both give the numbers of an uninterrupted one.
 
     Args:
       keep: publish the networks of trials that have not failed as targets; of trials found in the store, `build_target` does.
@@ -77,11 +85,11 @@ def train_batch(specs: Sequence[TrialSpec], store: Store, keep: bool = False, pr
     from lambda_hat.trials.engine import train_trials
     from lambda_hat.trials.result import to_target
 
-    # The id is that of the trials in any order; a checkpoint is of their places side by side, which must always be the same.
-    specs = sorted(specs, key=lambda spec: spec.target_id)
-    results = train_trials(
-        specs, progress, artifacts.load_training(store, address), functools.partial(artifacts.save_training, store, address)
-    )
+    # A checkpoint is of the trials' places side by side, which must be the same in whatever order they come, and numbers depend
+    # on them in the last digits: longer trainings of the same trials have the same.
+    specs = sorted(specs, key=lambda spec: spec.course_id)
+    save = functools.partial(artifacts.save_training, store, address)
+    results = train_trials(specs, progress, artifacts.load_training(store, address), save, load_ends(store, specs))
     if keep:
         for result in results:
             if result.failure is None:
@@ -95,10 +103,12 @@ def train_batch(specs: Sequence[TrialSpec], store: Store, keep: bool = False, pr
     curves = {"steps": np.asarray(results[0].steps), "losses": np.stack([result.losses for result in results])}
     text = json.dumps(json.loads(json.dumps(rows), parse_constant=lambda _: None))  # JSON knows no NaN
     manifest = store.publish(
-        address, {"results.json": text.encode(), "curves.npz": pack_arrays(curves)},
-        spec={"trial_ids": [row["trial_id"] for row in rows]},
+        address,
+        {"results.json": text.encode(), "curves.npz": pack_arrays(curves), **pack_ends([result.end for result in results])},
+        spec={"trial_ids": [spec.target_id for spec in specs], "course_ids": [spec.course_id for spec in specs]},
         summary={
             "num_trials": len(rows), "num_failed": sum(row["failure"] is not None for row in rows),
+            "end_step": results[0].end.step,
             "seconds": sum(row["seconds"] for row in rows), "made_with": artifacts.made_with(),
         },
     )  # fmt: skip

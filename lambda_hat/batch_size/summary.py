@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lambda_hat.batch_size.artifacts import batches, trained
+from lambda_hat.batch_size.ends import find_ends
 from lambda_hat.batch_size.plan import StudyPlan
 from lambda_hat.batch_size.study import Study, failed_text, failures, losses, swept
 from lambda_hat.report import aligned, files_of, what_failed
@@ -19,17 +20,20 @@ NUM_BEST = 10
 def preview(plan: StudyPlan, store: Store) -> str:
     """What a study would train: its programs, how many of their trials are in the store, and the work of the others."""
     done = trained(store)
+    ends = find_ends(store, [trial for trial in plan.trials if trial.target_id not in done])
     cells, samples = [], 0
     for batch in batches(plan.trials):
         spec, missing = batch[0], [trial for trial in batch if trial.target_id not in done]
-        samples += sum(trial.total_steps * trial.batch_size for trial in missing)
+        known = sum(ends[trial.target_id].step * trial.batch_size for trial in missing if trial.target_id in ends)
+        samples += sum(trial.total_steps * trial.batch_size for trial in missing) - known
         cells.append({
             "task": spec.task.kind, "width": f"{spec.width}", "depth": f"{spec.depth}", "batch size": f"{spec.batch_size}",
             "optimizer": f"{spec.optimizer} {spec.parameterization}", "steps": f"{spec.total_steps}",
             "trials": f"{len(batch)}", "to train": f"{len(missing)}",
         })  # fmt: skip
     sampled = ", and the llc of each" if plan.sampling else ""
-    return f"{aligned(cells, RIGHT)}\n{len(plan.trials)} trials{sampled}; {samples:,} samples to train on"
+    longer = f", {len(ends)} of them from the ends of shorter ones" if ends else ""
+    return f"{aligned(cells, RIGHT)}\n{len(plan.trials)} trials{sampled}{longer}; {samples:,} samples to train on"
 
 
 def label(trials: Sequence[TrialSpec]) -> str:
