@@ -2,8 +2,8 @@
 
 B_simple = tr(Sigma) / |G|^2 of a network on 1280 digits (L = 2, N = 64, muP, SGD, squared error, one seed), while it trains at
 several learning rates eta and batch sizes B. McCandlish et al. 2018 (arXiv 1812.06162) see it grow as the loss falls, and
-depend on the temperature eta/B (their appendix C). SGD is displaced from the floor of its valley by its own minibatch noise, and where
-that displacement's gradient is most of G, linear theory has
+depend on the temperature eta/B (their appendix C). SGD is displaced from the floor of its valley by its own minibatch noise,
+and where that displacement's gradient is most of G, linear theory has
 
   |G|^2 = sum_i (eta/B) h_i s_i / (2 - eta h_i),   for small eta h_i   B_simple = 2 B / (eta h),   h = tr(H Sigma) / tr(Sigma),
 
