@@ -476,7 +476,7 @@ def test_a_study_without_names_has_all_plots_that_apply(trained_store):
     assert {"heatmap_batch", "losscurve_grid"} <= drawn
     assert "width_transfer" not in drawn  # there is one width
     assert manifest.summary["not_drawn"].keys() == PLOTS.keys() - drawn
-    assert "there are 1 of width and 3 of eta" in manifest.summary["not_drawn"]["width_transfer"]
+    assert "found 1 and 3 in all of them" in manifest.summary["not_drawn"]["width_transfer"]
 
 
 def test_a_study_of_no_plots_has_none(store):
@@ -714,7 +714,7 @@ def test_plots_of_a_study(run, tmp_path):
     assert result.status == 0
     assert result.out.split() == [str(folder / "heatmap_batch.png")]
     assert (folder / "heatmap_batch.png").read_bytes().startswith(b"\x89PNG")
-    why = "it takes 2 values of width and of eta in one setting; there are 1 of width and 3 of eta in all"
+    why = "it takes 2 values of width and of eta in one setting; found 1 and 3 in all of them"
     assert result.err == f"width_transfer is not drawn: {why}\n"
     result = run("study", "--plot", "width_transfer", "llc", "--to", "figures")
     assert (result.status, result.out) == (2, "")

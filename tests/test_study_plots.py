@@ -350,7 +350,7 @@ def test_coordinate_check_is_at_a_rate_that_all_widths_survive():
     assert study.table["final_loss"].isna().sum() == 1
     (ax,) = PLOTS["coordinate_check"](study).axes
     assert ax.get_title() == "η=2⁻⁹"
-    assert "do not fail at any width; there is none" in PLOTS["coordinate_check"](where(study, ["eta>0.1"]))
+    assert "half of the seeds fail, at every width; there is none" in PLOTS["coordinate_check"](where(study, ["eta>0.1"]))
 
 
 def test_steps_to_target_finds_the_critical_batch_size():
@@ -440,19 +440,19 @@ def test_why_a_plot_cannot_be_drawn():
     """In the numbers of the study."""
     flat, steps = study_of(batch_size=[4, 16, 64], eta=[0.01]), study_of(**GRID)
     lost = study_of(batch_size=[16, 64], eta=[64.0, 128.0], width=[32, 64])
-    too_few = "it takes 2 values of {} in one setting; there are {} in all"
-    one_rate = too_few.format("batch_size and of eta", "3 of batch_size and 1 of eta")
+    too_few = "it takes 2 values of {} in one setting; found {} in all of them"
+    one_rate = too_few.format("batch_size and of eta", "3 and 1")
     reach = "it takes three batch sizes of one setting that reach {} after the first step; no setting has them"
     for name, study, why in (
         ("heatmap_batch", flat, one_rate),
-        ("heatmap_gamma", steps, too_few.format("richness and of eta", "1 of richness and 12 of eta")),
+        ("heatmap_gamma", steps, too_few.format("richness and of eta", "1 and 12")),
         ("losscurve_temp_samples", flat, one_rate),
         ("losscurve_temp_eff_steps", lost, "it takes two batch sizes at one temperature η/B, with trials that did not fail; "
          "no temperature has them"),
         ("losscurve_grid", steps._replace(curves={}), "there is no loss curve with a finite loss after the first step"),
-        ("width_transfer", steps, too_few.format("width and of eta", "1 of width and 12 of eta")),
+        ("width_transfer", steps, too_few.format("width and of eta", "1 and 12")),
         ("width_transfer", lost, "every trial failed"),
-        ("coordinate_check", steps, too_few.format("width", "1 of width")),
+        ("coordinate_check", steps, too_few.format("width", "1")),
         ("steps_to_target", lost, reach.format("a loss")),
         ("steps_to_target", steps._replace(target_loss=1e-6), reach.format("the target loss, 1e-06")),
         ("sharpness", steps, "no network's sharpness was measured; curvature=true of the study does"),

@@ -31,8 +31,8 @@ LOSSES = {"mse": "mean squared error", "cross_entropy": "cross-entropy (nats)"}
 
 def too_few(table: pd.DataFrame, *axes: str, least: int = 2) -> str:
     """Why a plot over these axes cannot be drawn, where `groups` finds nothing."""
-    counts = " and ".join(f"{table[axis].nunique()} of {axis}" for axis in axes)
-    return f"it takes {least} values of {' and of '.join(axes)} in one setting; there are {counts} in all"
+    counts = " and ".join(str(table[axis].nunique()) for axis in axes)
+    return f"it takes {least} values of {' and of '.join(axes)} in one setting; found {counts} in all of them"
 
 
 def shown(found: Sequence[Group], most: int = MAX_PANELS) -> list[Group]:

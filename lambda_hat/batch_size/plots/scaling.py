@@ -80,7 +80,7 @@ def plot_coordinate_check(study: Study) -> Figure | str:
     if not several:
         return too_few(study.table, "width")
     if not found:
-        return "it takes a learning rate at which half of the seeds or more do not fail at any width; there is none"
+        return "it takes a learning rate at which fewer than half of the seeds fail, at every width; there is none"
     if not any((group.table[layers] > 0).any(axis=None) for group in found):
         return "no layer's output changed"
     chosen, heading = shown(found), ["change of each layer's output in training"]
