@@ -29,10 +29,9 @@ class Place(NamedTuple):
 
 def pack_ends(ends: Sequence[End]) -> dict[str, bytes]:
     """The file of trials that were trained together; none where there is nothing to go on from, or too much."""
-    leaves = [np.stack(of) for of in zip(*(end.leaves for end in ends), strict=True)]
-    if ends[0].step == 0 or sum(leaf.nbytes for leaf in leaves) > MAX_BYTES:
+    if ends[0].step == 0 or sum(leaf.nbytes for end in ends for leaf in end.leaves) > MAX_BYTES:
         return {}
-    named = {str(place): leaf for place, leaf in enumerate(leaves)}
+    named = {str(place): np.stack(of) for place, of in enumerate(zip(*(end.leaves for end in ends), strict=True))}
     return {FILE: pack_arrays({"curve": np.stack([end.curve for end in ends]), **named})}
 
 
