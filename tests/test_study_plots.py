@@ -495,7 +495,13 @@ def test_legends_name_what_is_drawn():
     (label,) = legend_of(PLOTS["steps_to_target"](inside))
     assert label.startswith("B_crit")
     ends = study_of(batch_size=[4, 16, 64, 256], eta=[0.01, 0.02])
-    assert "at an end of the η tried" in legend_of(PLOTS["steps_to_target"](ends))
+    fig = PLOTS["steps_to_target"](ends)
+    assert "at an end of the η tried" in legend_of(fig)
+    for ax in fig.axes:  # over the full marks of their errors
+        (hollow,) = (line for line in ax.lines if line.get_markerfacecolor() == "white")
+        full = ax.containers[0][0]
+        assert len(hollow.get_xdata()) == 4
+        assert hollow.get_zorder() > full.get_zorder()
 
 
 def test_titles_say_how_many_lines_are_drawn():

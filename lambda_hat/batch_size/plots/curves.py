@@ -100,7 +100,7 @@ def _by_temperature(study: Study, xlabel: str, clock: str, reference: bool) -> F
 def _parting(study: Study, trials: pd.DataFrame) -> str:
     """From which batch size on the curves at one temperature differ over samples seen."""
     found = collapse(smoothed(study, trials))
-    return "" if found is None or found.breaks_at is None else f"one curve up to B≈{found.breaks_at:.2g}"
+    return "" if found is None or found.breaks_at is None else f"one curve up to B≈{float(f'{found.breaks_at:.2g}'):g}"
 
 
 def _draw(ax: Axes, study: Study, trials: pd.DataFrame, per_step: float, **style: Any) -> bool:

@@ -146,7 +146,7 @@ def _trade(axes: list[Axes], trade: Trade, shade: str) -> None:
     for ax, unit in zip(axes, (np.ones_like(sizes), sizes), strict=True):
         steps, low, high = (cells[name].to_numpy() * unit for name in ("median", "low", "high"))
         ax.errorbar(sizes, steps, [steps - low, high - steps], fmt="o", color=shade, capsize=2, markersize=5)
-        ax.plot(sizes[at_end], steps[at_end], "o", color=shade, markerfacecolor="white", markersize=5)
+        ax.plot(sizes[at_end], steps[at_end], "o", color=shade, markerfacecolor="white", markersize=5, zorder=3)
         ax.plot([], [], "o-", color=shade, label=", ".join(texts) or "steps")
         if fit is not None:
             x = np.geomspace(sizes[0], sizes[-1], 100)
