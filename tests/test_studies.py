@@ -749,6 +749,7 @@ def test_report_of_a_study(run, tmp_path):
         (["--format", "parquet"], ["Parquet is binary and needs --output FILE"]),
         (["--plot", "heatmap", "--to", "figures"], ["A plot must be known by name; got 'heatmap'"]),
         (["--plot", "heatmap_batch"], ["--plot chooses plots of a folder or a report; got neither. Add --to DIR"]),
+        (["--target-loss", "0.1"], ["--target-loss is of plots and reports; got neither. Add --to DIR"]),
         (["--format", "csv", "--to", "figures"], ["--format is of the table; got csv with --to or --report."]),
         (["--output", "no/such/folder/file.csv"], ["Files must be written where there is permission and room"]),
         (["--report", "no/such/folder/file.html", "--plot", "heatmap_batch"], ["Files must be written"]),

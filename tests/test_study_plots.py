@@ -239,6 +239,17 @@ def test_what_failed_otherwise_counts_as_what_diverged():
     assert best == same_best
     best, same_best = (summary(study)["best"] for study in (failed, diverged))
     assert best == same_best
+    # What was measured of it all the same, by its name, is not shown.
+    some = {"batch_size": [4, 16], "eta": [0.125, 0.25, 64.0], "width": [32]}
+    measures = measured(study_of(**some)), tempting(measured(study_of(**some)))
+    measures[1].table["sharpness"] = measures[1].table["sharpness"].fillna(5.0)
+    measures[1].table["llc"] = measures[1].table["llc"].fillna(5.0)
+    for name in ("sharpness", "llc"):
+        (_, cells), (_, same) = (maps(PLOTS[name](study))[-1] for study in measures[::-1])
+        np.testing.assert_array_equal(cells, same)
+    right, other = (PLOTS["sharpness"](study).axes[1] for study in measures[::-1])
+    assert [line.get_xydata().tolist() for line in right.lines] == [line.get_xydata().tolist() for line in other.lines]
+    assert right.get_ylim() == other.get_ylim()
     # Its curve is drawn, and marked as that of a trial that diverged.
     for ax, other in zip(PLOTS["losscurve_grid"](failed).axes, PLOTS["losscurve_grid"](diverged).axes, strict=True):
         assert len(marks(ax, "x")) == len(marks(other, "x")) > 0

@@ -73,6 +73,8 @@ def _study(store: Store, options: argparse.Namespace) -> int:
     from lambda_hat.batch_size.study import where
 
     with refusals(options):
+        if options.target_loss is not None and options.to is None and options.report is None:
+            raise InvalidInput("--target-loss is of plots and reports; got neither. Add --to DIR or --report FILE.")
         addresses = find_studies(store, "study", options.studies)
         whole = _joined(store, addresses)
         study = where(whole if options.target_loss is None else whole._replace(target_loss=options.target_loss), options.where)

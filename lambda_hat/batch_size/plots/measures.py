@@ -31,7 +31,7 @@ def plot_sharpness(study: Study) -> Figure | str:
     for group, left, right in zip(chosen, axes[::2], axes[1::2], strict=True):
         _map(fig, left, group, "sharpness")
         title(left, group.label)
-        _against_rate(right, group.table[group.table["sharpness"] > 0])
+        _against_rate(right, group.table[_known(group.table, "sharpness")])
     finish(fig, axes, LABELS["batch_size"], LABELS["eta"])
     for ax in axes[1::2]:
         ax.set(xlabel="learning rate applied to the weights", ylabel="sharpness")
@@ -92,8 +92,9 @@ def _unmeasured(table: pd.DataFrame, name: str, remedy: str) -> str:
 
 
 def _known(table: pd.DataFrame, name: str) -> pd.Series:
-    """Where it was measured, and has a place in a map: sharpness is on a logarithmic axis, an llc may be negative."""
-    return table[name].notna() if name == "llc" else table[name] > 0
+    """Where it was measured, of trials that did not fail, and has a place in a map: sharpness is on a logarithmic axis, an llc
+    may be negative."""
+    return table["failure"].isna() & (table[name].notna() if name == "llc" else table[name] > 0)
 
 
 def _measured(table: pd.DataFrame, name: str) -> list[Group]:
