@@ -22,10 +22,8 @@ from lambda_hat.batch_size.artifacts import load_study
 from lambda_hat.batch_size.critical import collapse
 from lambda_hat.batch_size.fits import Slope, richness_slopes, width_transfer
 from lambda_hat.batch_size.noise_scale import gradient_noise_scale
-from lambda_hat.batch_size.plots.common import WINDOW
-from lambda_hat.batch_size.plots.scaling import trades
-from lambda_hat.batch_size.smoothing import smooth
-from lambda_hat.batch_size.study import Study
+from lambda_hat.batch_size.study import Study, failed_text, failures
+from lambda_hat.batch_size.trades import smoothed, trades
 from lambda_hat.run import RunSpec
 from lambda_hat.store import Store
 from lambda_hat.study_views import find_studies
@@ -55,8 +53,7 @@ def main() -> int:
             [address] = find_studies(store, "study", [name])
             study = _study(store, address)
             table = study.table
-            print(f"\n## {name}: {len(table)} trials, {int(table['diverged_at_step'].notna().sum())} diverged, "
-                  f"{time.perf_counter() - began:.0f} s\n")  # fmt: skip
+            print(f"\n## {name}: {len(table)} trials, {failed_text(failures(table))}, {time.perf_counter() - began:.0f} s\n")
             {"richness": _richness, "width": _width, "critical": _critical, "llc": _llc}[name](study)
             for plot in IMAGES[name] if options.images else ():
                 options.images.joinpath(f"{name}_{plot}.png").write_bytes(store.read(address, f"{plot}.png"))
@@ -109,7 +106,7 @@ def _width(study: Study) -> None:
 
 
 def _critical(study: Study) -> None:
-    target, [trade] = trades(study)
+    [trade] = trades(study)
     fit = trade.fit
     assert fit is not None
     _heads("B", "fewest steps (median of seeds)", "samples")
@@ -117,18 +114,14 @@ def _critical(study: Study) -> None:
         _row(size, f"{steps:.0f}", f"{size * steps:,.0f}")
     low, high = fit.batch_size_interval
     limit = "never" if fit.linear_limit is None else f"at B = {fit.linear_limit:.0f}"
-    print(f"\ntarget loss {target:.4f}: critical batch size {fit.batch_size:.0f} [{low:.0f}, {high:.0f}]; "
+    print(f"\ntarget loss {study.target_loss:.4f}: critical batch size {fit.batch_size:.0f} [{low:.0f}, {high:.0f}]; "
           f"20 % more samples than at the smallest B: {limit}\n")  # fmt: skip
     _noise_scales(trade.table)
     _heads("eta / B", "batch sizes", "RMS difference in log loss at equal samples", "breaks at (10 %)")
     for temperature, table in study.table.groupby("temperature"):
         if table["batch_size"].nunique() < 4:
             continue
-        curves = [
-            (float(size), (study.curves[name][0], smooth(*study.curves[name], relative=WINDOW)))
-            for name, size in zip(table["trial_id"], table["batch_size"], strict=True)
-        ]
-        found = collapse(curves)
+        found = collapse(smoothed(study, table))
         if found is not None:
             breaks = "not up to there" if found.breaks_at is None else f"{found.breaks_at:.0f}"
             _row(f"{temperature:g}", ", ".join(f"{size:.0f}" for size in found.batch_sizes),
@@ -156,7 +149,7 @@ def _llc(study: Study) -> None:
     for size, of_size in table.groupby("batch_size"):
         cells = [of_size[of_size["eta"] == eta].iloc[0] for eta in etas]
         _row(size, *(
-            "diverged" if np.isnan(cell["final_loss"]) else
+            cell["failure"] if isinstance(cell["failure"], str) else
             f"{cell['llc']:.1f} ± {cell['llc_mcse']:.1f} (loss {cell['final_loss']:.3f}, {cell['verdict']})" for cell in cells
         ))  # fmt: skip
 

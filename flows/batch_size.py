@@ -16,8 +16,9 @@ from flows.orchestration import Command, RunsFailed, command_line, parser
 from flows.runs import compute, run_each, show
 from flows.tasks import Place, begin, measure, train
 from lambda_hat.batch_size import artifacts
+from lambda_hat.batch_size.ends import find_ends
 from lambda_hat.batch_size.plan import StudyPlan, describe, make_study
-from lambda_hat.batch_size.summary import failures, label, outcome, preview, summary, text
+from lambda_hat.batch_size.summary import incomplete, label, outcome, preview, summary, text
 from lambda_hat.manifest import study_address
 from lambda_hat.settings import Runtime, Settings
 from lambda_hat.store import Store
@@ -40,7 +41,7 @@ def batch_size(
 
     Raises:
       InvalidInput: an argument is wrong; nothing has been computed.
-      RunsFailed: some trials or runs failed; the others are finished and stored.
+      RunsFailed: some trials or runs could not be computed; the others are finished and stored.
     """
     settings, store, place = begin(store_uri, settings_file)
     study = make_study(settings, experiment or None, list(overrides))
@@ -57,7 +58,7 @@ def _train(study: StudyPlan, store: Store, place: Place, runtime: Runtime) -> li
     get_run_logger().info("%d of %d trials are in the store", len(study.trials) - len(missing), len(study.trials))
     calls = [
         (artifacts.trials_id(batch), label(batch), [trial.model_dump(mode="json") for trial in batch], study.keeps, place)
-        for batch in artifacts.batches(missing)
+        for batch in artifacts.batches(missing, find_ends(store, missing))
     ]
     return run_each(train, calls, runtime)
 
@@ -65,9 +66,10 @@ def _train(study: StudyPlan, store: Store, place: Place, runtime: Runtime) -> li
 def _examine(
     study: StudyPlan, settings: Settings, store: Store, place: Place, ids: list[str]
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Keeps, measures and samples what has not diverged, as far as the study asks for it: the rows of the runs, what failed."""
-    finite, curvature = artifacts.finite(store, ids), study.options.curvature
-    trials = [trial for trial in study.trials if trial.target_id in finite]
+    """Keeps, measures and samples the networks of trials that did not fail, as far as the study asks for it: the rows of the
+    runs, and what could not be computed."""
+    fine, curvature = artifacts.succeeded(store, ids), study.options.curvature
+    trials = [trial for trial in study.trials if trial.target_id in fine]
     calls = [
         (trial.target_id, label([trial]), trial.model_dump(mode="json"), curvature, place)
         for trial in (artifacts.unexamined(store, trials, curvature) if study.options.keep or curvature else [])
@@ -83,13 +85,19 @@ def _publish(
     if ids:
         runs = [run for run in study.runs(settings, study.trials) if run.run_id in result["run_ids"]]
         result |= summary(artifacts.load_study(store, ids, runs))
-        compared = study.name, ids, store, study.options.plots, runs
+        options = study.options
+        compared = study.name, ids, store, options.plots, runs, options.target_loss
         address, publish = study_address(artifacts.study_id(*compared)), functools.partial(artifacts.publish_study, *compared)
         label = f"{study.name}: {len(ids)} of {len(study.trials)} trials"
         files, error = show("batch-size-results", result["best"], label, address, publish, store, place)
-        result |= {"errors": [*result["errors"], error]} if error else {"study_id": address.id, "files": files}
-    if result["num_failed"] or result["runs_failed"]:
-        raise RunsFailed(failures(result), result)
+        if error:
+            result["errors"].append(error)
+        else:
+            manifest = store.manifest(address)
+            assert manifest is not None  # it was just shown
+            result |= {"study_id": address.id, "files": files, "not_drawn": manifest.summary["not_drawn"]}
+    if result["num_untrained"] or result["runs_failed"]:
+        raise RunsFailed(incomplete(result), result)
     return result
 
 

@@ -29,8 +29,8 @@ LS_COLUMNS = {
     "targets": ["id", "spec.family", "spec.seed", "num_params", "num_data", "init_loss", "true_llc", "created_at"],
     "runs": ["id", "target_id", "spec.target.family", "spec.sampler.kind", "spec.sampler.seed", "fge", "created_at"],
     "sweeps": ["id", "num_runs", "created_at"],
-    "trials": ["id", "num_trials", "num_diverged", "seconds", "created_at"],
-    "studies": ["id", "spec.name", "num_trials", "num_diverged", "created_at"],
+    "trials": ["id", "num_trials", "num_failed", "seconds", "created_at"],
+    "studies": ["id", "spec.name", "num_trials", "num_failed", "created_at"],
     "entropy": ["id", "target_id", "checkpoint", "spec.integrand", "num_update", "seconds", "created_at"],
     "entropy-studies": ["id", "spec.name", "num_measured", "created_at"],
 }

@@ -4,7 +4,7 @@ model.depth=3                 one value: integer, float (1e-5), true/false, none
 sampler.step_size=1e-5,1e-6   commas sweep
 target.seed=range(1,4)        Python's range over integers: 1, 2, 3
 eta=2**range(-3,2)            powers: 0.125, 0.25, 0.5, 1, 2; 2**-3 is one value
-target.widths=[5,3,5]         a list is one value; [5,3,5],[10,10] sweeps two lists
+target.widths=[5,3,5]         a list is one value; [5,3,5],[10,10] sweeps two lists; [] is an empty one
 data.path="a, b"              quotes, single or double, for text with any of , = [ ] ( ) or spaces, or that looks like a number
 """
 
@@ -110,6 +110,8 @@ def _items(text: str, tokens: Iterator[tuple[str, str]], closing: str, depth: in
     items: list[Value] = []
     while True:
         kind, content = next(tokens)
+        if closing == content and not items:
+            return items
         if kind == "range":
             if depth:
                 _refuse(text, "range(...) sweeps, so it cannot stand in a list", "Write the numbers of the list out.")
@@ -123,7 +125,7 @@ def _items(text: str, tokens: Iterator[tuple[str, str]], closing: str, depth: in
                 _refuse(text, f"lists nest at most {MAX_DEPTH} deep", "Check the brackets.")
             items.append(tuple(_items(text, tokens, "]", depth + 1)))
         else:
-            _refuse(text, "an item is empty", "Give a value after '=', and between commas and brackets.")
+            _refuse(text, "an item is empty", "Give a value after '=', and between commas; [] is an empty list.")
         if len(items) > MAX_VALUES:
             _refuse(text, f"a sweep has at most {MAX_VALUES} values", "Sweep fewer.")
         kind, content = next(tokens)

@@ -129,6 +129,10 @@ def study_options(
     for name in names:
         if assignment := user.get((name,)):
             values = assignment.values
+            if name == "plots" and None in values:
+                raise InvalidInput(
+                    f"plots= is a list of names; got {assignment.text!r}. plots=[] draws none; leave it out for all that apply."
+                )
             fields[name] = values if len(values) > 1 or (name == "plots" and isinstance(values[0], str)) else values[0]
     try:
         options = type(base).model_validate(fields)

@@ -104,7 +104,7 @@ def what_failed(counts: Mapping[str, int]) -> str:
 def files_of(files: Mapping[str, str]) -> list[str]:
     """Lines that say where a study's report, table and plots are."""
     plots = [f"  {url}" for name, url in files.items() if name.endswith(".png")]
-    return [f"report: {files['report.html']}", f"table: {files['results.csv']}", "plots:", *plots]
+    return [f"report: {files['report.html']}", f"table: {files['results.csv']}", *(["plots:", *plots] if plots else [])]
 
 
 def aligned(cells: Sequence[Mapping[str, str]], right: Collection[str] = _RIGHT) -> str:

@@ -111,15 +111,18 @@ class Experiment(Section):
 class StudyExperiment(Experiment):
     """A batch-size study: a union of sweeps over trials, and what is made of them."""
 
-    plots: tuple[str, ...] = Field(default=(), description="names of plots; none = all that apply")
-    keep: bool = Field(default=False, description="whether every trained network is kept as a target")
+    plots: tuple[str, ...] | None = Field(default=None, description="names of plots; not set = all that apply, [] = none")
+    keep: bool = Field(default=False, description="whether trained networks are kept as targets")
     curvature: bool = Field(default=False, description="whether the curvature and the noise scale at the end are measured")
+    target_loss: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="of critical batch sizes; none = one that most batch sizes reach"
+    )
 
 
 class EntropyExperiment(Experiment):
     """An entropy study: a union of sweeps over updates of policies, and how they are measured and shown."""
 
-    plots: tuple[str, ...] = Field(default=(), description="names of plots; none = all that apply")
+    plots: tuple[str, ...] | None = Field(default=None, description="names of plots; not set = all that apply, [] = none")
     grad_chunk_size: int = Field(default=0, ge=0, description="training sequences held together; 0 = as memory allows")
     tf_batch_size: int = Field(default=0, ge=0, description="sequences in a forward pass; 0 = as memory allows")
 

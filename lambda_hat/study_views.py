@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,6 +19,8 @@ from lambda_hat.store import Store
 if TYPE_CHECKING:
     import pandas as pd
 
+    from lambda_hat.plots import Drawn
+
 
 def add_options(command: argparse.ArgumentParser, condition: str) -> None:
     """Which rows, and as what: a table, plots or a report.
@@ -28,7 +30,12 @@ def add_options(command: argparse.ArgumentParser, condition: str) -> None:
     """
     command.add_argument("--where", metavar="CONDITION", nargs="+", default=[], help=f"only rows with these, e.g. {condition}")
     command.add_argument("--format", choices=["table", "csv", "json", "parquet"], default="table", help="default: table")
-    command.add_argument("--plot", metavar="NAME", nargs="+", default=[], help="only these plots (default: all that apply)")
+    command.add_argument(
+        "--plot",
+        metavar="NAME",
+        nargs="*",
+        help="of --to or --report: only these plots; no name: none (default: all that apply)",
+    )
     made = command.add_mutually_exclusive_group()
     made.add_argument("--output", metavar="FILE", help="write the table to a file (needed for parquet)")
     made.add_argument("--to", metavar="DIR", help="draw the plots into a folder, made if need be, instead of the table")
@@ -40,8 +47,13 @@ def refusals(options: argparse.Namespace) -> Iterator[None]:
     """Around all that reads and writes for these options: what cannot be done is refused in words.
 
     Raises:
-      InvalidInput: Parquet without a file to go to, or a file cannot be written.
+      InvalidInput: an option has nothing to do with the others, Parquet has no file to go to, or a file cannot be written.
     """
+    drawing = options.to is not None or options.report is not None
+    if options.plot is not None and not drawing:
+        raise InvalidInput("--plot chooses plots of a folder or a report; got neither. Add --to DIR or --report FILE.")
+    if options.format != "table" and drawing:
+        raise InvalidInput(f"--format is of the table; got {options.format} with --to or --report. Leave it out.")
     if options.format == "parquet" and options.output is None:
         raise InvalidInput("Parquet is binary and needs --output FILE; got none. Add --output FILE.parquet.")
     try:
@@ -98,15 +110,22 @@ def emit(content: str | bytes, output: str | None) -> None:
         print(content.rstrip("\n"))
 
 
-def write_plots(drawn: Mapping[str, bytes], options: argparse.Namespace) -> None:
-    """The plots that were drawn, into the folder asked for; says which of those asked for were not."""
+def write_plots(drawn: Drawn, options: argparse.Namespace) -> None:
+    """The plots that were drawn, into the folder asked for; says which were not, and why.
+
+    Raises:
+      InvalidInput: none could be drawn.
+    """
+    reasons = [f"{name} is not drawn: {reason}" for name, reason in drawn.left_out.items()]
+    if not drawn.pngs:
+        raise InvalidInput("; ".join(["A folder of plots takes one that can be drawn", *reasons]) + ". Choose others.")
     folder = Path(options.to)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, png in drawn.items():
+    for name, png in drawn.pngs.items():
         (folder / f"{name}.png").write_bytes(png)
         print(folder / f"{name}.png")
-    if skipped := set(options.plot) - drawn.keys():
-        print(f"these plots do not apply: {', '.join(sorted(skipped))}", file=sys.stderr)
+    for reason in reasons:
+        print(reason, file=sys.stderr)
 
 
 def write_report(page: str, options: argparse.Namespace, of: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 
 def with_error(value: float | None, error: float | None) -> str:
@@ -25,3 +27,25 @@ def listed(names: Sequence[str], most: int = 8) -> str:
     """The names with commas; of very many the first ones, and how many there are."""
     more = f", ... ({len(names)} in all)" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def number(value: Any) -> str:
+    """A setting as text; small powers of two, and small or large ones of ten, as such."""
+    if not isinstance(value, float):
+        return str(value)
+    if not value > 0:
+        return "none" if value != value else f"{value:g}"
+    if value < 0.25 and is_power_of_two(value):
+        return power(2, math.log2(value))
+    ten = round(math.log10(value))
+    return power(10, ten) if abs(ten) > 3 and value == float(f"1e{ten}") else f"{value:.4g}"
+
+
+def is_power_of_two(value: float) -> bool:
+    """Whether it is 2^k with a whole k."""
+    return math.frexp(value)[0] == 0.5
+
+
+def power(base: int, exponent: float) -> str:
+    """base^exponent with a raised exponent."""
+    return f"{base}" + f"{exponent:.0f}".translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))

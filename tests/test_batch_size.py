@@ -91,9 +91,9 @@ LABELS = [f"images, width 8, batch size {size}: 3 trials" for size in (16, 64)]
 
 def test_result(first, settings_file):
     assert first.outcome.state.is_completed()
-    found = {name: first.result[name] for name in ("name", "num_trials", "num_failed", "num_diverged", "runs_failed", "errors")}
+    found = {name: first.result[name] for name in ("name", "num_trials", "num_untrained", "failures", "runs_failed", "errors")}
     assert found == {
-        "name": "default", "num_trials": 6, "num_failed": 0, "num_diverged": 2, "runs_failed": 0, "errors": [],
+        "name": "default", "num_trials": 6, "num_untrained": 0, "failures": {"diverged": 2}, "runs_failed": 0, "errors": [],
     }  # fmt: skip
     trials = trials_of(settings_file)
     best = first.result["best"]
@@ -161,6 +161,30 @@ def test_a_larger_study_trains_what_is_missing(run, store, settings_file):
     assert (found["status"], found["target_id"], found["llc"]) == ("cached", trial.target_id, diagnosis["llc"])
 
 
+def test_a_longer_study_goes_on_from_a_shorter_one(run, store, settings_file, command):
+    """To the same bits; what is new is trained beside it."""
+    run(store, "eta=1,16", "batch_size=16")
+    shown = command("--dry-run", "eta=1,4,16", "batch_size=16", "num_steps=60", "--store", store.uri)
+    assert [row.split()[-2:] for row in shown.out.splitlines()[2:-1]] == [["3", "3"]]
+    samples = 16 * (3 * 60 - 2 * 28)
+    assert shown.out.splitlines()[-1] == f"3 trials, 2 of them from the ends of shorter ones; {samples:,} samples to train on"
+    longer = run(store, "eta=1,4,16", "batch_size=16", "num_steps=60")
+    assert longer.error is None
+    names = (
+        "train images, width 8, batch size 16: 2 trials",
+        "train images, width 8, batch size 16: eta 4, richness 1, seed 0",
+        "compare default: 3 of 3 trials",
+    )
+    assert tasks(longer, 3) == dict.fromkeys(names, "Completed")
+    fresh = Store(f"{store.uri} afresh")
+    run(fresh, "eta=1,16", "batch_size=16", "num_steps=60")
+    ids = [trial.target_id for trial in trials_of(settings_file, "eta=1,16", "batch_size=16", "num_steps=60")]
+    here, there = (artifacts.load_study(place, ids) for place in (store, fresh))
+    assert here.table.drop(columns="seconds").equals(there.table.drop(columns="seconds"))
+    for name in ids:
+        np.testing.assert_array_equal(here.curves[name][1], there.curves[name][1])
+
+
 def test_curvature(run, store, settings_file, monkeypatch):
     """It is measured where training did not diverge, of networks that are kept for it."""
 
@@ -216,9 +240,10 @@ def broken(monkeypatch):
 def test_a_failure_leaves_the_others_alone_and_is_tried_again(run, store, broken):
     outcome = run(store)
     assert isinstance(outcome.error, RunsFailed)
-    assert str(outcome.error).startswith("3 of 6 trials failed; the others are finished")
+    assert str(outcome.error).startswith("3 of 6 trainings failed; the others are finished")
     assert outcome.state.is_failed()
-    assert (outcome.result["num_failed"], outcome.result["num_diverged"], len(outcome.result["best"])) == (3, 1, 3)
+    found = outcome.result
+    assert (found["num_untrained"], found["failures"], len(found["best"])) == (3, {"diverged": 1}, 3)
     [error] = outcome.result["errors"]
     assert error.startswith(f"train {LABELS[1]}: ")
     assert error.endswith("no memory for so much")
@@ -246,7 +271,7 @@ def test_damaged_results_leave_the_others_alone(run, store, settings_file):
     path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
     outcome = run(store)
     assert outcome.state.is_failed()
-    assert (outcome.result["num_failed"], len(outcome.result["best"])) == (3, 3)
+    assert (outcome.result["num_untrained"], len(outcome.result["best"])) == (3, 3)
     [error] = outcome.result["errors"]
     manifest = Path(store.uri, address.folder, "manifest.json")
     assert f"Delete {manifest}" in error
@@ -380,7 +405,9 @@ def test_dry_run_computes_nothing(command, first, store):
 def test_command(prefect_home, command, store, broken):
     result = command("--store", store.uri)
     assert result.status == 1
-    assert "3 of 6 trials failed; the others are finished and kept, and the same command tries again what failed." in result.out
+    assert (
+        "3 of 6 trainings failed; the others are finished and kept, and the same command tries again what failed." in result.out
+    )
     assert f"  train {LABELS[1]}: " in result.out
     assert "no memory for so much" in result.out
     places = [line.split()[-1] for line in result.out.splitlines() if line.startswith(("report: ", "table: ", "  /"))]
@@ -389,18 +416,18 @@ def test_command(prefect_home, command, store, broken):
     again = command("--store", store.uri, "--json")
     assert again.status == 1
     found = json.loads(again.out)
-    assert (found["num_trials"], found["num_failed"], len(found["best"])) == (6, 3, 3)
+    assert (found["num_trials"], found["num_untrained"], len(found["best"])) == (6, 3, 3)
     broken.mend()
     fixed = command("--store", store.uri)
-    assert (fixed.status, "failed" in fixed.out) == (0, False)
-    assert ": 6 trials, 2 diverged; the best of them above" in fixed.out
+    assert (fixed.status, "trainings failed" in fixed.out) == (0, False)
+    assert ": 6 trials, 2 failed: 2 diverged; the best of them above" in fixed.out
 
 
 def test_nothing_is_kept(prefect_home, command, settings_file, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     result = command(*ONE, "--no-save")
     assert result.status == 0
-    assert ": 1 trials, 0 diverged" in result.out
+    assert ": 1 trials, none failed" in result.out
     assert str(tmp_path) not in result.out
     assert not (Path(settings_file).parent / "default store").exists()
     assert [path.name for path in tmp_path.iterdir() if list(path.rglob("manifest.json"))] == []

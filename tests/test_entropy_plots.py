@@ -280,7 +280,7 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_plot_draws_every_shape_or_does_not_apply(shape):
     make, missing = SHAPES[shape]
-    drawn = draw_plots(make())
+    drawn = draw_plots(make()).pngs
     assert set(drawn) == set(PLOTS) - missing
     for png in drawn.values():
         assert png.startswith(b"\x89PNG\r\n\x1a\n")
@@ -289,7 +289,9 @@ def test_every_plot_draws_every_shape_or_does_not_apply(shape):
 
 def test_plots_are_drawn_by_name():
     study = study_of(seeds=(0,), checkpoints=(0,))
-    assert list(draw_plots(study, ["exchange", "covariance", "training"])) == ["exchange", "training"]
+    drawn = draw_plots(study, ["exchange", "covariance", "training"])
+    assert (list(drawn.pngs), list(drawn.left_out)) == (["exchange", "training"], ["covariance"])
+    assert draw_plots(study, []).pngs == {}
     with pytest.raises(InvalidInput, match=r"got 'influnce'.*Did you mean 'influence'"):
         draw_plots(study, ["influnce"])
 
@@ -559,7 +561,7 @@ def test_report_says_what_was_measured_and_found():
 
 def test_report_escapes_what_policies_wrote():
     study = study_of(texts=("<script>alert({})</script>", "</td><img src=x onerror=alert({})>"))
-    html = report(study, draw_plots(study, ["influence"]))
+    html = report(study, draw_plots(study, ["influence"]).pngs)
     assert "<script" not in html
     assert "<img src=x" not in html
     assert any("<script>alert(10)</script>" in row for row in Page(html).rows)

@@ -61,10 +61,10 @@ def test_error_over_seeds():
     [
         (bowl(9), 6, "edge"),
         (bowl(-8), -6, "edge"),
-        (np.where(ETAS > 2**1.5, NAN, bowl(1.2)), 1, "divergence"),
+        (np.where(ETAS > 2**1.5, NAN, bowl(1.2)), 1, "failure"),
         (np.where(ETAS > 2**2.5, NAN, bowl(1.2)), 1.2, ""),
         (np.where(ETAS > 2**-5.5, NAN, bowl(0)), -6, "edge"),
-        (np.where(ETAS > 2**2.5, np.inf, bowl(3)), 2, "divergence"),
+        (np.where(ETAS > 2**2.5, np.inf, bowl(3)), 2, "failure"),
         (np.full(13, NAN), NAN, "none"),
     ],
 )
@@ -72,8 +72,8 @@ def test_edges_and_divergence_are_flagged_and_not_fitted(losses, place, flag):
     found = optimum(ETAS, losses)
     assert found.log2_eta == pytest.approx(place, abs=1e-9, nan_ok=True)
     assert found.flag == flag
-    assert found.bracketed == (flag in ("", "divergence"))
-    if flag == "divergence":
+    assert found.bracketed == (flag in ("", "failure"))
+    if flag == "failure":
         assert found.error == pytest.approx(1 / math.sqrt(12))
 
 
@@ -91,7 +91,7 @@ def test_the_worst_seed_s_flag_is_the_point_s():
     found = optimum(ETAS, np.stack([bowl(0.0), bowl(9.0)]))
     assert found.flag == "edge"
     found = optimum(ETAS, np.stack([bowl(0.0), np.where(ETAS > 1, NAN, bowl(0.0))]))
-    assert found.flag == "divergence"
+    assert found.flag == "failure"
     assert found.error == pytest.approx(1 / math.sqrt(12))
 
 
@@ -151,7 +151,7 @@ def trials(by, centres, seeds=3, noise=0.05, **columns):
             losses = bowl(centre + noise * rng.standard_normal())
             losses[np.log2(ETAS) > centre + 4] = NAN
             rows += [
-                {name: value, "eta": eta, "seed": seed, "final_loss": loss, **columns}
+                {name: value, "eta": eta, "seed": seed, "final_loss": loss, "failure": None, **columns}
                 for eta, loss in zip(ETAS, losses, strict=True)
             ]
     return pd.DataFrame(rows).sample(frac=1, random_state=0)

@@ -22,16 +22,17 @@ from lambda_hat.batch_size import artifacts
 from lambda_hat.batch_size.artifacts import (
     batches,
     find_target,
-    finite,
     intact,
     load_study,
     measure_curvature,
     publish_study,
+    succeeded,
     train_batch,
     trained,
     trials_id,
     unexamined,
 )
+from lambda_hat.batch_size.ends import find_ends
 from lambda_hat.batch_size.plots import PLOTS
 from lambda_hat.batch_size.study import settings
 from lambda_hat.batch_size.summary import summary, text
@@ -129,21 +130,27 @@ def test_the_id_of_a_batch_is_that_of_its_trials():
 def test_results_of_a_batch(trained_store):
     batch = [SMALL, FAST, LOST]
     manifest = trained_store.manifest(trials_address(trials_id(batch)))
-    assert (manifest.summary["num_trials"], manifest.summary["num_diverged"]) == (3, 1)
-    assert manifest.spec == {"trial_ids": [spec.target_id for spec in batch]}
-    rows = json.loads(trained_store.read(manifest.address, "results.json"))
-    assert [TrialSpec.from_dict(row["spec"]) for row in rows] == batch
-    assert [row["trial_id"] for row in rows] == [spec.target_id for spec in batch]
-    small, _, lost = rows
+    assert (manifest.summary["num_trials"], manifest.summary["num_failed"]) == (3, 1)
+    in_order = sorted(batch, key=lambda spec: spec.course_id)
+    assert manifest.spec == {
+        "trial_ids": [spec.target_id for spec in in_order],
+        "course_ids": [spec.course_id for spec in in_order],
+    }
+    rows = {row["trial_id"]: row for row in json.loads(trained_store.read(manifest.address, "results.json"))}
+    assert list(rows) == manifest.spec["trial_ids"]
+    assert [TrialSpec.from_dict(rows[spec.target_id]["spec"]) for spec in batch] == batch
+    small, lost = rows[SMALL.target_id], rows[LOST.target_id]
     assert (small["diverged_at_step"], lost["diverged_at_step"] in (1, 2)) == (None, True)
+    assert (small["failure"], lost["failure"]) == (None, "diverged")
     assert 0 < small["metrics"]["final_loss"] < 0.1  # predicting 0 of ten classes gives 1/10
     assert lost["metrics"]["final_loss"] is lost["metrics"]["test_loss"] is None
-    assert manifest.summary["seconds"] == pytest.approx(sum(row["seconds"] for row in rows))
+    assert manifest.summary["seconds"] == pytest.approx(sum(row["seconds"] for row in rows.values()))
     curves = unpack_arrays(trained_store.read(manifest.address, "curves.npz"))
     assert curves["losses"].shape == (3, len(curves["steps"]))
     assert curves["steps"][-1] == 30
-    assert np.isfinite(curves["losses"][:2]).all()
-    assert np.isnan(curves["losses"][2, -1])
+    losses = dict(zip(rows, curves["losses"], strict=True))
+    assert np.isfinite([losses[SMALL.target_id], losses[FAST.target_id]]).all()
+    assert np.isnan(losses[LOST.target_id][-1])
 
 
 def test_trained_trials_are_found_without_training(trained_store, monkeypatch):
@@ -184,13 +191,80 @@ def test_a_training_that_was_killed_goes_on_bit_for_bit(empty, tmp_path):
     saved = steps.load_training(empty, address)
     assert 0 < saved.step < 400
     reports = []
-    train_batch(specs, empty, progress=lambda done, *rest: reports.append(done))
+    # In another order, as `eta=4,1` gives them: it is the same artifact, whose trials keep their places in the checkpoint.
+    train_batch(specs[::-1], empty, progress=lambda done, *rest: reports.append(done))
     assert reports[0] > saved.step
     assert empty.load_checkpoint(address) is None
     assert results(empty, specs) == results(undisturbed, specs)
     for name in ("steps", "losses"):
         resumed, whole = (unpack_arrays(place.read(address, "curves.npz"))[name] for place in (empty, undisturbed))
         np.testing.assert_array_equal(resumed, whole, strict=True)
+
+
+def of_length(specs, num_steps):
+    return [spec.model_copy(update={"num_steps": num_steps, "num_epochs": None}) for spec in specs]
+
+
+@pytest.mark.usefixtures("library_promotion")
+@pytest.mark.parametrize("fields", [{"batch_size": 5}, {"optimizer": "adam", "eta": 0.01}, {"momentum": 0.9}])
+def test_longer_trials_go_on_from_the_ends_of_shorter_ones(empty, tmp_path, fields):
+    """To the bits of training from the start: results, curves and ends, in whatever order the trials are asked for."""
+    eta = fields.get("eta", 1.0)
+    specs = [trial(**fields | {"eta": of, "seed": seed}) for of in (eta, 2 * eta) for seed in (0, 1)]
+    longer, undisturbed = of_length(specs, 75), Store(str(tmp_path / "undisturbed"))
+    train_batch(longer, undisturbed)
+    assert find_ends(empty, longer) == {}
+    train_batch(specs[::-1], empty)
+    places = find_ends(empty, longer)
+    (step,) = {place.step for place in places.values()}
+    assert places.keys() == {spec.target_id for spec in longer}
+    assert 30 - 12 < step <= 30
+    assert batches(longer, places) == [longer]
+    # What is shorter than what is there begins anew, and so does another course.
+    assert find_ends(empty, [*of_length(specs, step - 1), trial(**fields | {"seed": 5})]) == {}
+    done = []
+    train_batch(longer, empty, progress=lambda steps, *_: done.append(steps))
+    assert min(done) > step
+    address = trials_address(trials_id(longer))
+    assert results(empty, longer) == results(undisturbed, longer)
+    for name in ("curves.npz", "ends.npz"):
+        assert empty.read(address, name) == undisturbed.read(address, name)
+    # And on, from the longest: 15 epochs of 200 samples.
+    again = [spec.model_copy(update={"num_steps": None, "num_epochs": 15}) for spec in specs]
+    assert {place.step for place in find_ends(empty, again).values()} == {empty.manifest(address).summary["end_step"]} != {step}
+
+
+def test_what_goes_on_from_different_steps_is_trained_apart(empty):
+    """Of a study that asks for more of all: trials of one length, and one that is new."""
+    first, second, new = (trial(eta=eta) for eta in (1.0, 2.0, 3.0))
+    train_batch([first], empty)
+    train_batch(of_length([second], 50), empty)
+    longer = of_length([first, second, new], 80)
+    places = find_ends(empty, longer)
+    assert [sorted(spec.eta for spec in batch) for batch in batches(longer, places)] == [[1.0], [2.0], [3.0]]
+    assert len(batches(longer)) == 1  # by what is asked for alone
+    assert [places[spec.target_id].step for spec in longer[:2]] == [28, 48]  # in blocks of 4 steps of 16
+    done = []
+    train_batch(longer, empty, progress=lambda steps, *_: done.append(steps))  # all together they begin at the start
+    assert min(done) < 28
+
+
+def test_ends_that_are_too_large_are_not_kept(empty, monkeypatch):
+    monkeypatch.setattr("lambda_hat.batch_size.ends.MAX_BYTES", 1000)
+    manifest = train_batch([SMALL], empty)
+    assert {file.name for file in manifest.files} == {"results.json", "curves.npz"}
+    (longer,) = of_length([SMALL], 60)
+    assert find_ends(empty, [longer]) == {}
+    done = []
+    train_batch([longer], empty, progress=lambda steps, *_: done.append(steps))
+    assert min(done) < 30
+
+
+def test_a_damaged_end_is_said(store):
+    address = trials_address(trials_id([LARGE]))
+    flip(store, address, "ends.npz")
+    with pytest.raises(ArtifactError, match=r"with SHA-256"):
+        train_batch(of_length([LARGE], 50), store)
 
 
 def test_a_checkpoint_of_finished_training_is_cleared(store):
@@ -222,7 +296,7 @@ def test_kept_networks_are_the_targets_that_are_built_alone(trained_store, empty
 
 def test_a_diverged_trial_is_not_kept(trained_store, empty):
     assert not trained_store.exists(target_address(LOST.target_id))
-    assert finite(trained_store, IDS) == {SMALL.target_id, FAST.target_id, LARGE.target_id}
+    assert succeeded(trained_store, IDS) == {SMALL.target_id, FAST.target_id, LARGE.target_id}
     with pytest.raises(FloatingPointError, match=r"it diverged at step .* with eta=1e\+30"):
         steps.build_target(LOST, empty)
     assert not empty.exists(target_address(LOST.target_id))
@@ -257,7 +331,9 @@ def test_curvature_where_the_gradient_is_zero(store):
     """Units that no sample excites any more: the noise scale is infinite, which JSON has no number for."""
     dead = trial(eta=1e4)
     train_batch([dead], store, keep=True)
-    assert load_study(store, [dead.target_id]).table["final_loss"].notna().all()
+    assert succeeded(store, [dead.target_id]) == set()  # it has failed, so its network is not kept
+    assert not store.exists(target_address(dead.target_id))
+    steps.build_target(dead, store)  # of whoever asks for it by name
     manifest = measure_curvature(dead.target_id, store)
     found = manifest.summary
     assert found["sharpness"] == found["hessian_trace"] == 0
@@ -286,8 +362,9 @@ def test_the_table_of_a_study(trained_store):
     assert not {"num_epochs", "family", "checkpoint"} & set(names)
     after = names[names.index("temperature") :]
     assert after == [
-        "temperature", "samples", "final_loss", "test_loss", "train_accuracy", "test_accuracy", "diverged_at_step",
-        "activation_change_1", "activation_change_2", "seconds", "sharpness", "hessian_trace", "gradient_noise_scale",
+        "temperature", "samples", "start_loss", "final_loss", "test_loss", "train_accuracy", "test_accuracy",
+        "diverged_at_step", "failure", "activation_change_1", "activation_change_2", "seconds", "sharpness", "hessian_trace",
+        "gradient_noise_scale",
     ]  # fmt: skip
     np.testing.assert_allclose(table["temperature"], [1 / 16, 1, FATAL / 16, 1 / 64])
     # Seven epochs of 200 samples in minibatches of 64 are three steps each.
@@ -297,7 +374,10 @@ def test_the_table_of_a_study(trained_store):
     assert measured.notna().all(axis=1).tolist() == [True, True, False, True]
     assert measured.isna().all(axis=1).tolist() == [False, False, True, False]
     assert table["diverged_at_step"].isna().tolist() == [True, True, False, True]
-    assert all(table[name].dtype == np.float64 for name in after if name != "samples")
+    assert table["failure"].tolist()[2] == "diverged"
+    assert table["failure"].isna().tolist() == [True, True, False, True]
+    np.testing.assert_allclose(table["start_loss"], 0.1)  # of predicting 0 where one of ten labels is 1
+    assert all(table[name].dtype == np.float64 for name in after if name not in ("samples", "failure"))
     assert ((table["test_accuracy"].dropna() > 0) & (table["test_accuracy"].dropna() <= 1)).all()
     for spec, loss in zip((SMALL, FAST, LARGE), table["final_loss"].dropna(), strict=True):
         target = trained_store.manifest(target_address(spec.target_id))
@@ -356,7 +436,7 @@ def test_a_study_is_published_once(trained_store, monkeypatch):
     # Its trials have since been measured, so this is another study than the first one.
     assert len(trained_store.catalogue("study")) == 3
     assert names == {"results.csv", "results.parquet", "curves.npz", "report.html", "heatmap_batch.png"}
-    assert (plain.summary["num_trials"], plain.summary["num_diverged"]) == (4, 1)
+    assert (plain.summary["num_trials"], plain.summary["num_failed"]) == (4, 1)
     assert trained_store.read(plain.address, "heatmap_batch.png").startswith(b"\x89PNG")
     page = trained_store.read(plain.address, "report.html").decode()
     assert all(word in page for word in (plain.id, *IDS, "plain"))
@@ -395,6 +475,18 @@ def test_a_study_without_names_has_all_plots_that_apply(trained_store):
     assert drawn <= PLOTS.keys()
     assert {"heatmap_batch", "losscurve_grid"} <= drawn
     assert "width_transfer" not in drawn  # there is one width
+    assert manifest.summary["not_drawn"].keys() == PLOTS.keys() - drawn
+    assert "found 1 and 3 in all of them" in manifest.summary["not_drawn"]["width_transfer"]
+
+
+def test_a_study_of_no_plots_has_none(store):
+    manifest = publish_study("plain", IDS, store, [])
+    assert not [file.name for file in manifest.files if file.name.endswith(".png")]
+    assert manifest.summary["not_drawn"] == {}
+    assert manifest.id != publish_study("plain", IDS, store).id
+    page = store.read(manifest.address, "report.html").decode()
+    assert "<img" not in page
+    assert "could not be drawn" not in page
 
 
 def test_what_a_study_is_made_of(trained_store, empty):
@@ -447,18 +539,18 @@ def test_trials_that_were_not_trained(trained_store):
 
 def test_summary(trained_store):
     found = summary(load_study(trained_store, IDS, [RUN]))
-    assert found["num_diverged"] == 1
+    assert found["failures"] == {"diverged": 1}
     assert [row["trial_id"] for row in found["best"]] == [IDS[1], IDS[3], IDS[0], IDS[2]] or found["best"][-1][
         "trial_id"
     ] == IDS[2]
     assert all(type(cell) is str for row in found["best"] for cell in row.values())
-    assert found["best"][-1]["final_loss"] == "-"
+    assert (found["best"][-1]["final_loss"], found["best"][-1]["failure"]) == ("-", "diverged")
     json.dumps(found, allow_nan=False)
-    result = {"name": "x", "num_trials": 6, "num_failed": 2, "runs_failed": 1, "errors": ["train it: why"], **found}
+    result = {"name": "x", "num_trials": 6, "num_untrained": 2, "runs_failed": 1, "errors": ["train it: why"], **found}
     shown = text(result)
-    assert "2 of 6 trials and 1 measurements of trained networks failed; the others are finished" in shown
+    assert "2 of 6 trainings and 1 measurements of trained networks failed; the others are finished" in shown
     assert "  train it: why" in shown
-    assert shown.endswith("x: 4 trials, 1 diverged; the best of them above")
+    assert shown.endswith("x: 4 trials, 1 failed: 1 diverged; the best of them above")
 
 
 # --- Commands ----------------------------------------------------------------------------------------------------------
@@ -496,7 +588,7 @@ def test_ls(run, trained_store):
     assert [head.split()[0] for head in heads] == ["studies", "trials"]
     assert all(name in result.out for name in ("plain", "measured", trials_id(TRIALS[:3]), trials_id([LARGE])))
     listed = json.loads(run("ls", "studies", "trials", "--json").out)
-    assert {row["id"]: (row["num_trials"], row["num_diverged"]) for row in listed["trials"]} == {
+    assert {row["id"]: (row["num_trials"], row["num_failed"]) for row in listed["trials"]} == {
         trials_id(TRIALS[:3]): (3, 1), trials_id([LARGE]): (1, 0),
     }  # fmt: skip
     assert {row["spec.name"] for row in listed["studies"]} == {"plain", "measured"}
@@ -550,6 +642,8 @@ def chosen(run, *conditions, study="latest"):
         (["temperature<0.5"], [0, 3]),
         (["diverged_at_step=none"], [0, 1, 3]),
         (["diverged_at_step>=1"], [2]),
+        (["failure=none"], [0, 1, 3]),
+        (["failure=diverged"], [2]),
         (["task.kind=images", "eta>1"], [1, 2]),
         ([f"trial_id={IDS[1]}"], [1]),
     ],
@@ -578,13 +672,54 @@ def test_studies_are_joined(run, store):
     assert json.loads(run("study", identity[:12], "--format", "json", **where).out) == latest
 
 
+def test_a_study_of_another_version_is_not_shown(run, store, monkeypatch):
+    """Its table has other columns, and its trials were trained otherwise."""
+    monkeypatch.setattr("lambda_hat.store.ALGORITHM_VERSION", 1)
+    publish_study("old", IDS, store, ["heatmap_batch"])
+    result = run("study", "old", store_uri=store.uri)
+    assert (result.status, result.out) == (2, "")
+    assert "was made by version 1. Run it again, or name other studies." in result.err
+
+
+def test_the_target_loss_of_studies(run, store, tmp_path):
+    """That of a study, set or found, holds for selections; of joined ones the one they share, else that of all their trials."""
+    more = [trial(batch_size=size, eta=eta) for size in (32, 100, 200) for eta in (1.0, 8.0)]
+    for batch in batches(more):
+        train_batch(batch, store)
+    ids = [spec.target_id for spec in more]
+    found = publish_study("found", ids, store, ["heatmap_batch"])
+    chosen = publish_study("set", ids, store, ["heatmap_batch"], target_loss=0.09)
+    assert found.id != chosen.id
+    assert (found.summary["target_loss"], chosen.summary["target_loss"]) == (load_study(store, ids).target_loss, 0.09)
+
+    def shown(*arguments):
+        """The loss of the critical batch sizes in a report."""
+        result = run("study", *arguments, "--report", "report.html", "--plot", "heatmap_batch", store_uri=store.uri)
+        assert (result.status, result.err) == (0, "")
+        return re.search(r"of training to a loss of ([0-9.]+),", (tmp_path / "report.html").read_text())[1]
+
+    of_all = load_study(store, [*ids, *IDS]).target_loss
+    assert shown("found") == f"{found.summary['target_loss']:.5g}" != shown("set") == "0.09"
+    assert shown("set", "--where", "batch_size=100,200,32", "eta=8") == "0.09"
+    assert shown("set", "--target-loss", "0.095") == "0.095"
+    assert shown("found", "plain") == f"{of_all:.5g}"
+    result = run("study", "--target-loss", "-1", store_uri=store.uri)
+    assert (result.status, result.out) == (2, "")
+    assert "a loss is a positive number; got '-1'" in result.err
+
+
 def test_plots_of_a_study(run, tmp_path):
     folder = tmp_path / "new" / "figures"
     result = run("study", "--plot", "heatmap_batch", "width_transfer", "--to", str(folder))
     assert result.status == 0
     assert result.out.split() == [str(folder / "heatmap_batch.png")]
     assert (folder / "heatmap_batch.png").read_bytes().startswith(b"\x89PNG")
-    assert "do not apply: width_transfer" in result.err
+    why = "it takes 2 values of width and of eta in one setting; found 1 and 3 in all of them"
+    assert result.err == f"width_transfer is not drawn: {why}\n"
+    result = run("study", "--plot", "width_transfer", "llc", "--to", "figures")
+    assert (result.status, result.out) == (2, "")
+    assert "takes one that can be drawn; width_transfer is not drawn: it takes 2 values of width" in result.err
+    assert not Path("figures").exists()
 
 
 def test_report_of_a_study(run, tmp_path):
@@ -593,6 +728,11 @@ def test_report_of_a_study(run, tmp_path):
     assert result.out.startswith("report.html: 3 trials of sty_")
     page = (tmp_path / "report.html").read_text()
     assert all((identity in page) == (identity != LARGE.target_id) for identity in IDS)
+    assert ": 3 of 4 trials</h1>" in page.replace("\n", "")
+    assert "<strong>batch_size=16</strong>" in page
+    # By --plot alone none is drawn.
+    result = run("study", "--report", "report.html", "--plot")
+    assert (result.status, "<img" in (tmp_path / "report.html").read_text()) == (0, False)
 
 
 @pytest.mark.parametrize(
@@ -608,6 +748,9 @@ def test_report_of_a_study(run, tmp_path):
         (["--where", "eta=12345"], ["There must be a trial; none fits eta=12345."]),
         (["--format", "parquet"], ["Parquet is binary and needs --output FILE"]),
         (["--plot", "heatmap", "--to", "figures"], ["A plot must be known by name; got 'heatmap'"]),
+        (["--plot", "heatmap_batch"], ["--plot chooses plots of a folder or a report; got neither. Add --to DIR"]),
+        (["--target-loss", "0.1"], ["--target-loss is of plots and reports; got neither. Add --to DIR"]),
+        (["--format", "csv", "--to", "figures"], ["--format is of the table; got csv with --to or --report."]),
         (["--output", "no/such/folder/file.csv"], ["Files must be written where there is permission and room"]),
         (["--report", "no/such/folder/file.html", "--plot", "heatmap_batch"], ["Files must be written"]),
         (["--to", "settings.toml", "--plot", "heatmap_batch"], ["Files must be written"]),

@@ -113,12 +113,16 @@ def test_precision():
 
 
 def test_options_of_a_study():
-    assert make_study(SETTINGS).options.model_dump(include={"plots", "keep", "curvature"}) == {
-        "plots": (), "keep": False, "curvature": False,
+    assert make_study(SETTINGS).options.model_dump(include={"plots", "keep", "curvature", "target_loss"}) == {
+        "plots": None, "keep": False, "curvature": False, "target_loss": None,
     }  # fmt: skip
+    assert make_study(SETTINGS, None, ["target_loss=1e-2"]).options.target_loss == 0.01
     kept = make_study(SETTINGS, "kept")
     assert (kept.options.keep, kept.options.plots, kept.keeps) == (True, ("heatmap_batch",), True)
-    for text, plots in (("plots=llc", ("llc",)), ("plots=[llc,sharpness]", ("llc", "sharpness"))):
+    for text, plots in (
+        ("plots=llc", ("llc",)), ("plots=[llc,sharpness]", ("llc", "sharpness")), ("plots=llc,sharpness", ("llc", "sharpness")),
+        ("plots=[]", ()),
+    ):  # fmt: skip
         changed = make_study(SETTINGS, "kept", [text, "keep=false"])
         assert (changed.options.plots, changed.options.keep, changed.keeps) == (plots, False, False)
     assert make_study(SETTINGS, None, ["curvature=true"]).keeps
@@ -158,7 +162,11 @@ def test_runs_sample_the_trials():
         (["task=digit"], ["task preset must be a known name; got 'digit'. Did you mean 'digits'?"]),
         (["task=3"], ["task preset", "got '3'"]),
         (["plots=[heatmap]"], ["plot must be a known name; got 'heatmap'", "Did you mean"]),
+        (["plots=none"], ["plots= is a list of names; got 'plots=none'. plots=[] draws none; leave it out for all"]),
         (["plots=3"], ["study.plots", "got 3"]),
+        (["target_loss=0"], ["study.target_loss must be greater than 0; got 0"]),
+        (["target_loss=0.1,0.2"], ["study.target_loss must be a valid number; got (0.1, 0.2)"]),
+        (["target_loss=1e999"], ["study.target_loss must be a finite number"]),
         (["keep=true,false"], ["study.keep must be a valid boolean; got (True, False)"]),
         (["sampler=sgdl"], ["sampler preset must be a known name; got 'sgdl'. Did you mean 'sgld'?"]),
         (["sampler=hmc", "sampler.num_drawz=1"], ["Did you mean 'sampler.num_draws'?"]),
@@ -241,7 +249,7 @@ def test_an_id_stays():
     """What was trained before is found again. It changes with ALGORITHM_VERSION and where TrialSpec or a task gets a field or
     another default: then trials in stores are trained anew, which the changelog must say."""
     trial = TrialSpec.from_dict({"task": {"kind": "images"}, "num_steps": 30, "eta": 0.5, "batch_size": 16})
-    assert trial.target_id == "tgt_1e45f7d47300860c"
+    assert trial.target_id == "tgt_60f2b80c291caea8"
     assert trials("task.n_data=1024", "batch_size=16", "eta=0.5") == [trial]
     # How a number is written is no part of it.
     assert trials("task.n_data=1024", "batch_size=16", "eta=2**-1", "richness=1.0")[0].target_id == trial.target_id

@@ -15,7 +15,7 @@ from lambda_hat.spec import InvalidInput
 from lambda_hat.store import Store
 from lambda_hat.targets import AnyTargetSpec
 from lambda_hat.trials import ImagesTask, PolynomialTask, TeacherTask, TrialSpec, to_target, train_trials
-from lambda_hat.trials.engine import batch_indices, point_steps
+from lambda_hat.trials.engine import _failure, batch_indices, point_steps
 from lambda_hat.trials.network import activations, forward, init_params
 from lambda_hat.trials.program import ADAM_EPS, fresh_inputs
 
@@ -33,7 +33,7 @@ def trial(**fields):
         "batch_size": 16,
         "num_steps": 7,
         "seed": 3,
-        "num_points": 500,
+        "points_per_doubling": 500,
     }
     return TrialSpec(**(default | fields))
 
@@ -104,6 +104,7 @@ def assert_same(result, other):
         np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(result.losses, other.losses)
     assert result.metrics == other.metrics
+    assert result.failure == other.failure
     assert result.diverged_at_step == other.diverged_at_step
 
 
@@ -229,7 +230,8 @@ def test_a_trial_that_diverges_is_a_result():
     fine, slow, fast = train_trials(specs)
     (alone,) = train_trials(specs[:1])
     np.testing.assert_allclose(fine.losses, alone.losses, rtol=1e-5)
-    assert fine.diverged_at_step is None
+    assert fine.diverged_at_step is fine.failure is None
+    assert slow.failure == fast.failure == "diverged"
     assert np.isfinite(fine.losses).all()
     assert 1 < fast.diverged_at_step <= slow.diverged_at_step
     for result in (slow, fast):
@@ -250,6 +252,71 @@ def test_only_the_last_update_diverges():
     (result,) = train_trials([trial(eta=1e300, num_steps=1)])
     assert result.diverged_at_step == 1
     assert np.isnan(result.losses).all()
+
+
+@pytest.mark.usefixtures("library_promotion")
+@pytest.mark.parametrize("fields", [{}, {"momentum": 0.9}, {"loss": "cross_entropy"}, {"optimizer": "adam"}, {"depth": 3}])
+def test_a_dead_network_has_failed(fields):
+    """All its units are off: no gradient is left, f is 0, and its loss is that of predicting -f(theta_0) - here and there below
+    the loss at the start."""
+    spec = trial(eta=1e3, **fields)
+    (result,) = train_trials([spec])
+    assert result.failure == "dead"
+    assert np.isfinite(result.losses).all()
+    target = to_target(result)
+    x, y, f0 = (target.dataset.samples[name] for name in ("x", "y", "f0"))
+    assert all((layers(weights_of(result), x)[-2] <= 0).ravel())
+    per_sample_loss = spec.objective().per_sample_loss
+    gradient = jax.grad(lambda params: jax.numpy.mean(per_sample_loss(params, target.dataset)))(target.params_star)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
+    if spec.loss == "mse":
+        assert result.metrics["final_loss"] == pytest.approx(np.mean((f0 + y) ** 2), rel=1e-12)
+        assert result.metrics["start_loss"] == pytest.approx(np.mean(y**2), rel=1e-12)
+    else:
+        assert result.metrics["final_loss"] < result.metrics["start_loss"] == pytest.approx(math.log(10), rel=1e-12)
+
+
+@pytest.mark.usefixtures("library_promotion")
+@pytest.mark.parametrize("fields", [{"eta": 32.0}, {"eta": 32.0, "loss": "cross_entropy"}, {"eta": 1.0, "optimizer": "adam"}])
+def test_a_loss_above_its_start_is_a_failure(fields):
+    spec = trial(**fields)
+    (result,) = train_trials([spec])
+    assert result.failure == "above start"
+    data = spec.task.load("float64")
+    weights = [layer["w"] for layer in init_params((spec.seed, 0), spec.widths, "float64").values()]
+    prediction = spec.scale * (layers(weights_of(result), data.x)[-1] - layers(weights, data.x)[-1])
+    losses = [
+        np.mean((f - data.y) ** 2)
+        if spec.loss == "mse"
+        else np.mean(np.log(np.sum(np.exp(f), axis=1)) - np.sum(f * data.y, axis=1))
+        for f in (prediction, 0 * prediction)
+    ]
+    assert (result.metrics["final_loss"], result.metrics["start_loss"]) == pytest.approx(losses, rel=1e-10)
+    assert losses[0] > losses[1]
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_who_learns_little_has_not_failed(precision):
+    """However small the steps: of the smallest, rounding alone moves the mean loss, or nothing does."""
+    grid = [
+        trial(eta=10.0**power, richness=richness, precision=precision)
+        for power in (-40, -12, -6, -3)
+        for richness in (0.005, 1, 1e3)
+    ]
+    assert [result.failure for result in train_trials(grid)] == [None] * len(grid)
+
+
+def test_what_failed_in_which_way():
+    """The first that holds: a dead network's loss may be above its start."""
+    spec = trial()
+    cases = {
+        (True, 0.0, 1.0, math.nan): "diverged", (False, 0.0, 1.0, 2.0): "dead", (False, 0.0, 1.0, 0.9): "dead",
+        (False, 0.05, 1.0, 0.9): "dead", (False, 0.051, 1.0, 0.9): None, (False, 0.051, 1.0, 1.1): "above start",
+        (False, 1.0, 1.0, 1.0): None, (False, 1.0, 1.0, 1 + 1e-12): "above start", (False, 0.0, 0.0, 0.0): None,
+    }  # fmt: skip
+    assert {case: _failure(spec, *case) for case in cases} == cases
+    single = trial(precision="float32")
+    assert [_failure(single, False, 1.0, 1.0, loss) for loss in (1 + 1e-6, 1 + 1e-5)] == [None, "above start"]
 
 
 def test_centring_at_a_small_richness():
@@ -324,20 +391,118 @@ def test_teachers_have_their_moments():
 
 def test_points_of_the_curve():
     np.testing.assert_array_equal(point_steps(5, 10), [1, 2, 3, 4, 5])
-    np.testing.assert_array_equal(point_steps(1000, 1), [1000])
-    steps = point_steps(100_000, 100)
-    assert 80 <= len(steps) <= 100
-    assert (np.diff(steps) > 0).all()
-    assert set(range(2000, 100_001, 2000)) <= set(steps)
-    assert steps[0] == 1
-    # Each point is the mean of the steps since the one before.
-    spec = trial(batch_size=2, num_steps=100, num_points=8)
-    every = train_by_hand(spec)[1]
-    (result,) = train_trials([spec])
-    starts = [0, *result.steps[:-1]]
-    expected = [np.mean(every[a:b]) for a, b in zip(starts, result.steps, strict=True)]
-    np.testing.assert_allclose(result.losses, expected, rtol=1e-12)
-    assert result.steps[-1] == 100
+    np.testing.assert_array_equal(point_steps(40, 4), [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40])
+    np.testing.assert_array_equal(point_steps(1000, 1), [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000])
+    for total in (1, 7, 63, 64, 65, 1000, 2**16, 2**16 + 1, 2**30):
+        steps = point_steps(total, 32)
+        assert steps[-1] == total
+        assert (np.diff(steps, prepend=0) > 0).all()
+        assert len(steps) <= min(total, 64 + 32 * math.ceil(max(0.0, math.log2(total / 64))))
+        # Those of a longer training, as far as they go.
+        assert set(steps[:-1]) < set(point_steps(3 * total, 32)) | {0}
+        assert point_steps(total, 1000).max() < 2**31
+    # Each point is the mean of the steps since the one before, wherever the last one ends.
+    for num_steps in (97, 100, 112):
+        spec = trial(batch_size=2, num_steps=num_steps, points_per_doubling=4)
+        every = train_by_hand(spec)[1]
+        (result,) = train_trials([spec])
+        starts = [0, *result.steps[:-1]]
+        expected = [np.mean(every[a:b]) for a, b in zip(starts, result.steps, strict=True)]
+        np.testing.assert_allclose(result.losses, expected, rtol=1e-12)
+        np.testing.assert_array_equal(result.steps, point_steps(num_steps, 4))
+
+
+EXTENDED = [
+    {"batch_size": 5},  # in blocks of 12 steps
+    {"batch_size": 5, "depth": 3, "richness": 0.3},
+    {"momentum": 0.9},
+    {"optimizer": "adam", "eta": 0.01},
+    {"optimizer": "adam", "eta": 0.01, "depth": 3, "loss": "cross_entropy"},
+    {"task": CUBIC.model_copy(update={"fresh": True}), "batch_size": 3, "eta": 1e-3},  # in blocks of 21
+]
+
+
+@pytest.mark.usefixtures("library_promotion")
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize("fields", EXTENDED)
+def test_training_goes_on_from_a_shorter_one_s_end_to_the_same_bits(fields, precision, monkeypatch):
+    """Wherever the shorter ones ended: within an epoch, a block of steps, a point of the curve; some trials fail at once."""
+    eta, fatal = fields.get("eta", 1.0), {"float32": 1e35, "float64": 1e300}[precision]
+    common = {**fields, "precision": precision, "points_per_doubling": 4, "num_steps": 130}
+    specs = [trial(**common | {"eta": of, "seed": seed}) for of in (eta, 2 * eta, fatal) for seed in (0, 1)]
+    whole = train_trials(specs)
+    assert [result.failure == "diverged" for result in whole[:4]] == [False] * 4
+    assert whole[4].failure in ("diverged", "dead")
+    steps = []
+
+    def shorter(num_steps, ends=None):
+        cut = [spec.model_copy(update={"num_steps": num_steps}) for spec in specs]
+        assert [a.course_id for a in cut] == [b.course_id for b in specs]
+        return train_trials(cut, lambda done, *_: steps.append(done), ends=ends)
+
+    ends = [result.end for result in shorter(50)]
+    first = ends[0].step
+    assert 50 - 21 < first <= 50
+    assert {end.step for end in ends} == {first}
+    # Twice: of ends of trainings that went on themselves.
+    between = shorter(77, ends)
+    for a, b in zip(between, train_trials([result.spec for result in between]), strict=True):
+        assert_same(a, b)
+    steps.clear()
+    for a, b in zip(
+        train_trials(specs, lambda done, *_: steps.append(done), ends=[of.end for of in between]), whole, strict=True
+    ):
+        assert_same(a, b)
+        np.testing.assert_array_equal(a.end.curve, b.end.curve)
+        for leaf, same in zip(a.end.leaves, b.end.leaves, strict=True):
+            np.testing.assert_array_equal(leaf, same)
+    assert min(steps) > between[0].end.step > first
+    # As long as the shorter one, of which only what is no whole block is trained again.
+    for a, b in zip(shorter(50, ends), shorter(50), strict=True):
+        assert_same(a, b)
+    # One that was stopped further on goes on from there.
+    saves = []
+    monkeypatch.setattr(chunks, "CHUNK_SECONDS", 1e-9)
+    train_trials(specs, save=saves.append)
+    steps.clear()
+    again = train_trials(specs, lambda done, *_: steps.append(done), resume=saves[-1], ends=ends)
+    assert min(steps) > saves[-1].step > first
+    for a, b in zip(again, whole, strict=True):
+        assert_same(a, b)
+
+
+@pytest.mark.usefixtures("library_promotion")
+def test_ends_that_do_not_fit_are_ignored():
+    specs = [trial(optimizer="adam", eta=0.01, num_steps=30, seed=seed) for seed in (0, 1)]
+    whole = train_trials(specs)
+    ends = [result.end for result in train_trials([spec.model_copy(update={"num_steps": 20}) for spec in specs])]
+    wider = train_trials([trial(optimizer="adam", eta=0.01, num_steps=20, width=12, seed=seed) for seed in (0, 1)])
+    longer = train_trials([spec.model_copy(update={"num_steps": 40}) for spec in specs])
+    for unfit in ([of.end for of in wider], [of.end for of in longer], [ends[0], ends[1]._replace(step=19)]):
+        for a, b in zip(train_trials(specs, ends=unfit), whole, strict=True):
+            assert_same(a, b)
+
+
+def test_trials_trained_with_others_go_on_alone():
+    """But for rounding, as in all trainings beside others."""
+    specs = [trial(**fields, batch_size=4, num_steps=20) for fields in MIXED]
+    ends = [result.end for result in train_trials(specs)]
+    longer = [spec.model_copy(update={"num_steps": 50}) for spec in specs]
+    for index in (0, 3, 8):
+        (alone,), (on,) = train_trials([longer[index]]), train_trials([longer[index]], ends=[ends[index]])
+        np.testing.assert_allclose(on.losses, alone.losses, rtol=1e-11)
+
+
+def test_trainings_of_few_steps_are_one_program():
+    """Whatever their lengths."""
+    from lambda_hat.trials.program import make_program, program_key
+
+    lengths = (3, 70, 1000)
+    programs = {program_key(trial(num_steps=steps, width=11)) for steps in lengths}
+    assert len(programs) == 1
+    for steps in lengths:
+        train_trials([trial(num_steps=steps, width=11)])
+    assert len(make_program(programs.pop()).advance.programs) == 1
 
 
 def test_the_target_of_a_trial(tmp_path):
@@ -381,6 +546,8 @@ def test_a_spec_comes_back_from_its_json():
         ({"task": {"kind": "images", "n_data": 1500, "n_test": 400}}, "must be at most 1797 together with dataset=digits"),
         ({"task": {"kind": "images", "dataset": "fashion-mnist", "n_data": 70_000}}, "n_data must be at most 60000"),
         ({"depth": 1}, "greater than or equal to 2"),
+        ({"num_steps": 2**30 + 1}, "less than or equal to 1073741824"),
+        ({"num_steps": None, "num_epochs": 2**29}, "at most 1073741824 steps; num_epochs=536870912 are 1610612736"),
     ],
 )  # fmt: skip
 def test_trials_that_cannot_be(fields, message):

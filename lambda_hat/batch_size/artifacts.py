@@ -16,7 +16,8 @@ from pydantic import TypeAdapter
 
 from lambda_hat import artifacts
 from lambda_hat.arrays import flatten, pack_arrays, unpack_arrays
-from lambda_hat.batch_size.study import Study
+from lambda_hat.batch_size.ends import Place, load_ends, pack_ends
+from lambda_hat.batch_size.study import Study, failures
 from lambda_hat.chunks import Progress, no_progress
 from lambda_hat.manifest import (
     DIAGNOSIS_VERSION,
@@ -43,11 +44,16 @@ MAX_TOGETHER = 512
 _MEASURED = ("sharpness", "hessian_trace", "gradient_noise_scale")
 
 
-def batches(specs: Sequence[TrialSpec]) -> list[list[TrialSpec]]:
-    """The trials one program can train together: different in eta, richness and seed only."""
-    groups: dict[TrialSpec, list[TrialSpec]] = defaultdict(list)
+def batches(specs: Sequence[TrialSpec], places: Mapping[str, Place] | None = None) -> list[list[TrialSpec]]:
+    """The trials one program can train together: different in eta, richness and seed only.
+
+    Args:
+      places: trial_id -> where it goes on, see `find_ends`; those that go on from different steps are trained apart.
+    """
+    groups: dict[tuple[TrialSpec, int], list[TrialSpec]] = defaultdict(list)
     for spec in specs:
-        groups[spec.static()].append(spec)
+        place = (places or {}).get(spec.target_id)
+        groups[spec.static(), 0 if place is None else place.step].append(spec)
     return [group[start : start + MAX_TOGETHER] for group in groups.values() for start in range(0, len(group), MAX_TOGETHER)]
 
 
@@ -63,12 +69,14 @@ def trained(store: Store) -> dict[str, Address]:
 
 
 def train_batch(specs: Sequence[TrialSpec], store: Store, keep: bool = False, progress: Progress = no_progress) -> Manifest:
-    """Trains a batch of `batches`, or finds it: each trial's result in results.json, their loss curves in curves.npz.
+    """Trains a batch of `batches`, or finds it: each trial's result in results.json, their loss curves in curves.npz, and in
+    ends.npz where a longer training goes on.
 
-    Interrupted training goes on from where it was saved last and gives the numbers of an uninterrupted one.
+    Interrupted training goes on from where it was saved last, longer training from where a shorter one of the same trials
+    ended; both give the numbers of an uninterrupted one.
 
     Args:
-      keep: publish every network that has not diverged as a target; of trials found in the store, `build_target` does.
+      keep: publish the networks of trials that have not failed as targets; of trials found in the store, `build_target` does.
     """
     address = trials_address(trials_id(specs))
     if (manifest := store.manifest(address)) is not None:
@@ -77,25 +85,30 @@ def train_batch(specs: Sequence[TrialSpec], store: Store, keep: bool = False, pr
     from lambda_hat.trials.engine import train_trials
     from lambda_hat.trials.result import to_target
 
-    results = train_trials(
-        specs, progress, artifacts.load_training(store, address), functools.partial(artifacts.save_training, store, address)
-    )
+    # A checkpoint is of the trials' places side by side, which must be the same in whatever order they come, and numbers depend
+    # on them in the last digits: longer trainings of the same trials have the same.
+    specs = sorted(specs, key=lambda spec: spec.course_id)
+    save = functools.partial(artifacts.save_training, store, address)
+    results = train_trials(specs, progress, artifacts.load_training(store, address), save, load_ends(store, specs))
     if keep:
         for result in results:
-            if result.diverged_at_step is None:
+            if result.failure is None:
                 artifacts.publish_target(to_target(result), store)
     rows: list[dict[str, Any]] = [
         {"trial_id": result.spec.target_id, "spec": result.spec.model_dump(mode="json", exclude={"checkpoint"}),
-         "diverged_at_step": result.diverged_at_step, "metrics": result.metrics, "seconds": result.seconds}
+         "diverged_at_step": result.diverged_at_step, "failure": result.failure, "metrics": result.metrics,
+         "seconds": result.seconds}
         for result in results
     ]  # fmt: skip
     curves = {"steps": np.asarray(results[0].steps), "losses": np.stack([result.losses for result in results])}
     text = json.dumps(json.loads(json.dumps(rows), parse_constant=lambda _: None))  # JSON knows no NaN
     manifest = store.publish(
-        address, {"results.json": text.encode(), "curves.npz": pack_arrays(curves)},
-        spec={"trial_ids": [row["trial_id"] for row in rows]},
+        address,
+        {"results.json": text.encode(), "curves.npz": pack_arrays(curves), **pack_ends([result.end for result in results])},
+        spec={"trial_ids": [spec.target_id for spec in specs], "course_ids": [spec.course_id for spec in specs]},
         summary={
-            "num_trials": len(rows), "num_diverged": sum(row["diverged_at_step"] is not None for row in rows),
+            "num_trials": len(rows), "num_failed": sum(row["failure"] is not None for row in rows),
+            "end_step": results[0].end.step,
             "seconds": sum(row["seconds"] for row in rows), "made_with": artifacts.made_with(),
         },
     )  # fmt: skip
@@ -115,10 +128,10 @@ def intact(store: Store, trial_ids: Sequence[str]) -> tuple[list[str], list[str]
     return [name for name in trial_ids if name in places and places[name] not in problems], list(problems.values())
 
 
-def finite(store: Store, trial_ids: Sequence[str]) -> set[str]:
-    """Those of these trained trials that have not diverged."""
+def succeeded(store: Store, trial_ids: Sequence[str]) -> set[str]:
+    """Those of these trained trials that have not failed: the others' networks are not examined."""
     table = load_study(store, trial_ids).table
-    return set(table["trial_id"][table["diverged_at_step"].isna()])
+    return set(table["trial_id"][table["failure"].isna()])
 
 
 def unexamined(store: Store, trials: Sequence[TrialSpec], curvature: bool) -> list[TrialSpec]:
@@ -172,13 +185,18 @@ def measure_curvature(target_id: str, store: Store) -> Manifest:
     return store.publish(address, {"density.npz": density}, spec={"target_id": target_id}, summary=summary)
 
 
-def load_study(store: Store, trial_ids: Sequence[str], runs: Sequence[RunSpec] = ()) -> Study:
+def load_study(store: Store, trial_ids: Sequence[str], runs: Sequence[RunSpec] = (), target_loss: float | None = None) -> Study:
     """The table and the curves of these trials, with the curvatures there are, and the llc of these runs that are diagnosed.
+
+    Args:
+      target_loss: the study's; none = `default_target` of all these trials.
 
     Raises:
       ArtifactError: a trial was not trained, or its result is damaged.
     """
     import pandas as pd
+
+    from lambda_hat.batch_size.trades import default_target
 
     places = trained(store)
     missing = [trial_id for trial_id in trial_ids if trial_id not in places]
@@ -202,37 +220,46 @@ def load_study(store: Store, trial_ids: Sequence[str], runs: Sequence[RunSpec] =
         table["llc"] = [llcs.get(trial_id, {}).get("llc", np.nan) for trial_id in trial_ids]
         table["llc_mcse"] = [llcs.get(trial_id, {}).get("mcse", np.nan) for trial_id in trial_ids]
         table["verdict"] = [llcs.get(trial_id, {}).get("verdict", "") for trial_id in trial_ids]
-    return Study(table, {trial_id: curves[trial_id] for trial_id in trial_ids})
+    target = default_target(table) if target_loss is None else target_loss
+    return Study(table, {trial_id: curves[trial_id] for trial_id in trial_ids}, target)
 
 
-def study_id(name: str, trial_ids: Sequence[str], store: Store, plots: Sequence[str] = (), runs: Sequence[RunSpec] = ()) -> str:
+def study_id(
+    name: str, trial_ids: Sequence[str], store: Store, plots: Sequence[str] | None = None, runs: Sequence[RunSpec] = (),
+    target_loss: float | None = None,
+) -> str:  # fmt: skip
     """The id of a comparison of trained trials; it is another one when other curvatures are in the store."""
     return content_id("sty", {
-        "versions": [STUDY_VERSION, DIAGNOSIS_VERSION], "name": name, "plots": list(plots), "trial_ids": sorted(trial_ids),
-        "run_ids": sorted(run.run_id for run in runs),
+        "versions": [STUDY_VERSION, DIAGNOSIS_VERSION], "name": name, "plots": plots, "trial_ids": sorted(trial_ids),
+        "run_ids": sorted(run.run_id for run in runs), "target_loss": target_loss,
         "curvature_ids": sorted(m.id for m in store.manifests(map(curvature_address, trial_ids))),
     })  # fmt: skip
 
 
 def publish_study(
-    name: str, trial_ids: Sequence[str], store: Store, plots: Sequence[str] = (), runs: Sequence[RunSpec] = ()
-) -> Manifest:
+    name: str, trial_ids: Sequence[str], store: Store, plots: Sequence[str] | None = None, runs: Sequence[RunSpec] = (),
+    target_loss: float | None = None,
+) -> Manifest:  # fmt: skip
     """Publishes the comparison of trained trials, or finds it: results.csv, results.parquet, curves.npz, plots, report.html.
+
+    Args:
+      plots: names; none given = all that can be drawn. The summary's `not_drawn` has the others, and why. target_loss: see
+        `load_study`.
 
     Raises:
       ArtifactError: a trial was not trained, or its result is damaged. InvalidInput: a plot is not known.
     """
-    address = study_address(study_id(name, trial_ids, store, plots, runs))
+    address = study_address(study_id(name, trial_ids, store, plots, runs, target_loss))
     if (manifest := store.manifest(address)) is not None:
         return manifest
     from lambda_hat.batch_size.plots import draw_plots
     from lambda_hat.batch_size.report import study_report
 
-    study = load_study(store, trial_ids, runs)
+    study = load_study(store, trial_ids, runs, target_loss)
     places = trained(store)
     drawn = draw_plots(study, plots)
     made_at = max(m.created_at for m in store.manifests({places[trial_id] for trial_id in trial_ids}))
-    files = {f"{plot}.png": png for plot, png in drawn.items()}
+    files = {f"{plot}.png": png for plot, png in drawn.pngs.items()}
     files["results.csv"] = study.table.to_csv(index=False).encode()
     files["results.parquet"] = study.table.to_parquet()
     files["curves.npz"] = pack_arrays(
@@ -243,7 +270,10 @@ def publish_study(
         "name": name, "trials_ids": sorted({places[trial_id].id for trial_id in trial_ids}),
         "target_ids": sorted(trial_ids), "run_ids": sorted(run.run_id for run in runs),  # as targets, as far as they are kept
     }  # fmt: skip
-    summary = {"num_trials": len(trial_ids), "num_diverged": int(study.table["diverged_at_step"].notna().sum())}
+    summary = {
+        "num_trials": len(trial_ids), "num_failed": sum(failures(study.table).values()), "target_loss": study.target_loss,
+        "not_drawn": drawn.left_out,
+    }  # fmt: skip
     return store.publish(address, files, spec=spec, summary=summary)
 
 
@@ -257,10 +287,11 @@ def _table_row(row: Mapping[str, Any]) -> dict[str, Any]:
     spec = TrialSpec.from_dict(row["spec"])
     fields = dotted(spec.model_dump(mode="json", exclude={"family", "checkpoint", "num_epochs"}))
     metrics = row["metrics"]
-    names = ("final_loss", "test_loss", "train_accuracy", "test_accuracy")
+    names = ("start_loss", "final_loss", "test_loss", "train_accuracy", "test_accuracy")
     known: dict[str, Any] = {"trial_id": row["trial_id"]} | fields | {"num_steps": spec.total_steps}
     known |= {"temperature": spec.eta / spec.batch_size, "samples": spec.total_steps * spec.batch_size}
-    measured = {name: metrics.get(name) for name in names} | {"diverged_at_step": row["diverged_at_step"]}
+    measured = {name: metrics.get(name) for name in names}
+    measured |= {name: row[name] for name in ("diverged_at_step", "failure")}
     measured |= {f"activation_change_{layer}": change for layer, change in enumerate(metrics["activation_change"], 1)}
     measured["seconds"] = row["seconds"]
     return known | {name: np.nan if value is None else value for name, value in measured.items()}

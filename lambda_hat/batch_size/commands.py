@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lambda_hat.manifest import Address
-from lambda_hat.spec import InvalidInput
+from lambda_hat.manifest import Address, Manifest
+from lambda_hat.spec import ALGORITHM_VERSION, InvalidInput
 from lambda_hat.store import Store
 from lambda_hat.study_views import add_options, emit, find_studies, refusals, rendered, write_plots, write_report
 
@@ -40,6 +41,7 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
         help='ids or their beginnings, names of experiments (the latest of each), "latest" (default) or "all"',
     )  # fmt: skip
     add_options(study, "eta>=0.1")
+    study.add_argument("--target-loss", metavar="LOSS", type=_loss, help="of critical batch sizes (default: that of the study)")
     study.set_defaults(run=_study)
 
     data = commands.add_parser("data", help="prepare data sets that are not installed with a package")
@@ -57,22 +59,36 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     process.set_defaults(run=_process_mnist1m)
 
 
+def _loss(text: str) -> float:
+    try:
+        loss = float(text)
+    except ValueError:
+        loss = math.nan
+    if not 0 < loss < math.inf:
+        raise argparse.ArgumentTypeError(f"a loss is a positive number; got {text!r}")
+    return loss
+
+
 def _study(store: Store, options: argparse.Namespace) -> int:
     from lambda_hat.batch_size.study import where
 
     with refusals(options):
+        if options.target_loss is not None and options.to is None and options.report is None:
+            raise InvalidInput("--target-loss is of plots and reports; got neither. Add --to DIR or --report FILE.")
         addresses = find_studies(store, "study", options.studies)
-        study = where(_joined(store, addresses), options.where)
+        whole = _joined(store, addresses)
+        study = where(whole if options.target_loss is None else whole._replace(target_loss=options.target_loss), options.where)
         if not len(study.table):
             raise InvalidInput(f"There must be a trial; none fits {' '.join(options.where)}. Without --where all are shown.")
         if options.to is None and options.report is None:
             emit(rendered(_shown(study) if options.format == "table" else study.table, options.format), options.output)
         else:
-            _drawn(study, addresses, options)
+            _drawn(study, len(whole.table), store.manifests(addresses), options)
     return 0
 
 
-def _drawn(study: Study, addresses: list[Address], options: argparse.Namespace) -> None:
+def _drawn(study: Study, num_trials: int, manifests: list[Manifest], options: argparse.Namespace) -> None:
+    """Plots or a report of a study, a selection of `num_trials` of the studies of these manifests."""
     from lambda_hat.batch_size.plots import draw_plots
     from lambda_hat.batch_size.report import study_report
 
@@ -80,21 +96,36 @@ def _drawn(study: Study, addresses: list[Address], options: argparse.Namespace) 
     if options.to is not None:
         write_plots(drawn, options)
     else:
-        ids = ", ".join(address.id for address in addresses)
-        page = study_report(ids, " and ".join(options.studies), study, drawn)
+        ids = ", ".join(manifest.id for manifest in manifests)
+        name = " and ".join(dict.fromkeys(manifest.spec["name"] for manifest in manifests))
+        page = study_report(ids, name, study, drawn, chosen=options.where, num_trials=num_trials)
         write_report(page, options, f"{len(study.table)} trials of {ids}")
 
 
 def _joined(store: Store, addresses: list[Address]) -> Study:
-    """The trials of all these studies, each once, with what any of them has measured of it; that of a later one wins."""
+    """The trials of all these studies, each once, with what any of them has measured of it; that of a later one wins.
+    Their target loss is the one they share, or else that of all their trials together.
+
+    Raises:
+      InvalidInput: a study was made by another version of the algorithms, whose trials this one does not know.
+    """
     import pandas as pd
 
     from lambda_hat.arrays import unflatten, unpack_arrays
     from lambda_hat.batch_size.study import Study
+    from lambda_hat.batch_size.trades import default_target
 
     tables: list[pd.DataFrame] = []
+    targets: set[float | None] = set()
     curves: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for address in addresses:
+    for manifest in store.manifests(addresses):
+        address, made_by = manifest.address, manifest.algorithm_version
+        if made_by != ALGORITHM_VERSION:
+            raise InvalidInput(
+                f"A study is shown by the version of the algorithms that made it, here {ALGORITHM_VERSION}; {address.id} was "
+                f"made by version {made_by}. Run it again, or name other studies."
+            )
+        targets.add(manifest.summary["target_loss"])
         tables.append(pd.read_parquet(io.BytesIO(store.read(address, "results.parquet"))))
         named = unflatten(unpack_arrays(store.read(address, "curves.npz")))
         curves |= {trial_id: (curve["steps"], curve["losses"]) for trial_id, curve in named.items()}
@@ -107,7 +138,8 @@ def _joined(store: Store, addresses: list[Address]) -> Study:
                 columns.insert(place, name)
             place = columns.index(name) + 1
     together = pd.concat(tables, ignore_index=True)[columns]
-    return Study(together.groupby("trial_id", sort=False, as_index=False).last(), curves)  # of each, the last known
+    table = together.groupby("trial_id", sort=False, as_index=False).last()  # of each, the last known
+    return Study(table, curves, targets.pop() if len(targets) == 1 else default_target(table))
 
 
 def _shown(study: Study) -> pd.DataFrame:

@@ -117,10 +117,10 @@ def _linear_limit(log_sizes: np.ndarray, log_samples: np.ndarray) -> float | Non
 
 
 class Collapse(NamedTuple):
-    """How far loss curves over samples seen are from that of the reference, the smallest batch size of which none diverged.
+    """How far loss curves over samples seen are from that of the reference, the smallest batch size of which none failed.
 
     differences: root mean square of the difference in log loss at equal samples, less what the seeds' scatter adds to it; 0
-    for the reference, infinite where a trial diverged, NaN where no samples are common; (K,). breaks_at: the batch size at
+    for the reference, infinite where a trial failed, NaN where no samples are common; (K,). breaks_at: the batch size at
     which it exceeds the tolerance; None where it never does.
     """
 
@@ -130,10 +130,11 @@ class Collapse(NamedTuple):
 
 
 def collapse(curves: Sequence[tuple[float, Curve]], tolerance: float = 0.1) -> Collapse | None:
-    """Whether curves at one eta/B agree over samples seen, as they do for B far below B_crit; None where all sizes diverged.
+    """Whether curves at one eta/B agree over samples seen, as they do for B far below B_crit; None where all sizes failed.
 
     Args:
-      curves: (batch size, its loss curve); several of one size are its seeds. Noisy ones are to be smoothed.
+      curves: (batch size, its loss curve), of a failed trial with a loss that is not finite; several of one size are its seeds.
+        Noisy ones are to be smoothed.
       tolerance: the root mean square difference in log loss, over points evenly spaced in log samples, that still is agreement.
     """
     sizes = np.unique([size for size, _ in curves]).astype(np.float64)

@@ -1,6 +1,6 @@
 """Numbers from studies: optimal learning rates and their slopes.
 
-A diverged trial's loss is NaN. What cannot be measured on the grid at hand is flagged or None, never extrapolated.
+A failed trial's loss counts as NaN. What cannot be measured on the grid at hand is flagged or None, never extrapolated.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
+from lambda_hat.batch_size.study import losses
 from lambda_hat.spec import InvalidInput
 
 if TYPE_CHECKING:
@@ -23,9 +24,9 @@ LAZY, RICH = 0.03, 10.0
 REFINED, UNREFINED = 0.15, 1 / math.sqrt(12)
 
 #: From the worst to the best: no finite loss; the minimum is at an end of the grid, and the optimum perhaps beyond it; it is
-#: beside a diverged trial, so the optimum lies within a grid step of it but cannot be refined; refined.
-Flag = Literal["none", "edge", "divergence", ""]
-FLAGS: tuple[Flag, ...] = ("none", "edge", "divergence", "")
+#: beside a failed trial, so the optimum lies within a grid step of it but cannot be refined; refined.
+Flag = Literal["none", "edge", "failure", ""]
+FLAGS: tuple[Flag, ...] = ("none", "edge", "failure", "")
 
 
 class Optimum(NamedTuple):
@@ -45,8 +46,8 @@ class Optimum(NamedTuple):
 
     @property
     def bracketed(self) -> bool:
-        """Whether higher or diverged losses lie on both sides, so that the optimum is known to within a grid step."""
-        return self.flag in ("", "divergence")
+        """Whether higher losses or failed trials lie on both sides, so that the optimum is known to within a grid step."""
+        return self.flag in ("", "failure")
 
     @property
     def resolution(self) -> float:
@@ -58,7 +59,7 @@ def optimum(etas: np.ndarray, losses: np.ndarray) -> Optimum:
     """The optimal learning rate: each seed's grid minimum, refined by the parabola in log loss over log2 eta of its neighbours.
 
     Args:
-      etas: (E,). losses: final losses, NaN where training diverged, (E,) or (seeds, E).
+      etas: (E,). losses: final losses, NaN where training failed, (E,) or (seeds, E).
     """
     order = np.argsort(etas)
     x, losses = np.log2(np.asarray(etas, np.float64)[order]), np.atleast_2d(np.asarray(losses, np.float64))[:, order]
@@ -85,7 +86,7 @@ def _optimum_of_seed(x: np.ndarray, losses: np.ndarray) -> tuple[float, float, F
         return float(x[best]), float(losses[best]), "edge"
     around = slice(best - 1, best + 2)
     if not finite[around].all():
-        return float(x[best]), float(losses[best]), "divergence"
+        return float(x[best]), float(losses[best]), "failure"
     # The tiniest normal number stands for a loss of exactly zero.
     curvature, slope, height = np.polyfit(x[around] - x[best], np.log(np.maximum(losses[around], np.finfo(float).tiny)), 2)
     offset = -slope / (2 * curvature) if curvature > 0 else 0.0
@@ -96,6 +97,12 @@ def _grid_step(x: np.ndarray, place: float) -> float:
     """The distance of the grid's points around `place`."""
     right = int(np.clip(np.searchsorted(x, place), 1, len(x) - 1))
     return float(x[right] - x[right - 1]) if len(x) > 1 else math.nan
+
+
+def over_rates(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Learning rates, (E,), and losses, (seeds, E), as `optimum` takes them, of trials that differ in eta and seed alone."""
+    grid = table.assign(loss=losses(table)).pivot(index="seed", columns="eta", values="loss")
+    return grid.columns.to_numpy(np.float64), grid.to_numpy(np.float64)
 
 
 def _optima(table: pd.DataFrame, by: str) -> tuple[np.ndarray, tuple[Optimum, ...]]:
@@ -111,9 +118,8 @@ def _optima(table: pd.DataFrame, by: str) -> tuple[np.ndarray, tuple[Optimum, ..
         )
     values, found = [], []
     for value, group in table.groupby(by):
-        grid = group.pivot(index="seed", columns="eta", values="final_loss")
         values.append(float(value))  # type: ignore[arg-type]
-        found.append(optimum(grid.columns.to_numpy(np.float64), grid.to_numpy(np.float64)))
+        found.append(optimum(*over_rates(group)))
     return np.array(values), tuple(found)
 
 

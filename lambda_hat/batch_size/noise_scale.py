@@ -21,6 +21,10 @@ class NoiseScale(NamedTuple):
 
     G is the gradient of L_n, Sigma the covariance of single samples' gradients over the n samples. Where no gradient is seen
     above the noise, |G|^2 is not positive and the noise scale is infinite, its error NaN.
+
+    Along gradient flow it grows as the loss falls. Of a network that SGD has trained at eta and B, G is also the gradient of
+    the displacement by its own noise, so that it grows up to about 2 B / (eta h) only, h = tr(H Sigma) / tr(Sigma), and falls
+    where sharpness rises (docs/batch-size.md).
     """
 
     noise_scale: float

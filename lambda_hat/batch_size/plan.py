@@ -34,7 +34,7 @@ FLOAT64_BELOW = 5e-3
 Key = tuple[str, ...]
 Sweep = dict[Key, Assignment]
 
-_OPTIONS = ("plots", "keep", "curvature")
+_OPTIONS = ("plots", "keep", "curvature", "target_loss")
 _SAMPLING = ("sampler", "posterior")
 _LENGTHS = {("num_steps",), ("num_epochs",)}
 _TASKS = {cls.model_fields["kind"].default: cls for cls in get_args(get_args(AnyTask)[0])}
@@ -91,8 +91,8 @@ def make_study(settings: Settings, experiment: str | None = None, overrides: Seq
     """The trials of a study (the one named "default" if None) changed by overrides.
 
     Keys: `task=a,b` chooses presets, `task.n_data=` sets a field of those that have it; `eta=`, `batch_size=`, `richness=`,
-    `width=` and so on are the fields of `TrialSpec`. `plots=[...]`, `keep=true` and `curvature=true` are the study's own.
-    With `sampler=` every trained network is sampled too, `sampler.*` and `posterior.*` as in sweeps.
+    `width=` and so on are the fields of `TrialSpec`. `plots=[...]`, `keep=true`, `curvature=true` and `target_loss=` are the
+    study's own. With `sampler=` every trained network is sampled too, `sampler.*` and `posterior.*` as in sweeps.
 
     Rules: a sweep is the product of its values, a study the union of its sweeps; an override replaces the same key of every
     sweep, `task=` what is set inside it, and `num_epochs=` and `num_steps=` each other. Where no precision is given it is the

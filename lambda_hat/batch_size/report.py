@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,17 +11,16 @@ import pandas as pd
 
 from lambda_hat.batch_size.critical import EXCESS
 from lambda_hat.batch_size.fits import LAZY, RICH, Slope, richness_slopes, width_transfer
-from lambda_hat.batch_size.plots import PLOTS
-from lambda_hat.batch_size.plots.common import Group, groups
-from lambda_hat.batch_size.plots.scaling import trades
-from lambda_hat.batch_size.study import Study, comparable, distinct, settings, swept
+from lambda_hat.batch_size.plots import CAPTIONS
+from lambda_hat.batch_size.study import Group, Study, comparable, distinct, failures, groups, losses, settings, swept
+from lambda_hat.batch_size.trades import trades
 from lambda_hat.html import VERSIONS, page
-from lambda_hat.plots.style import caption, evenly, number
+from lambda_hat.plots import Drawn
+from lambda_hat.text import number
+from lambda_hat.trials.engine import ALIVE
 
 #: Rows of the tables: the best settings, fits, and single trials; the others are in the study's own table.
 MAX_BEST, MAX_FITS, MAX_TRIALS = 10, 60, 500
-#: Values of a swept setting that are written out.
-MAX_VALUES = 12
 #: The setting of a fit to all trials.
 ALL = "all trials"
 #: What a trial ended with, in the order of the tables.
@@ -31,57 +30,63 @@ RESULTS = (
 
 
 class Fit(NamedTuple):
-    """A number fitted to the trials of one setting, with its 95 % interval, what is expected, and what it is of."""
+    """A number fitted to the trials of one setting, with its 95 % interval, what is expected, and what it is of. Where it would
+    lie beyond what was tried there is the interval alone."""
 
     quantity: str
     setting: str
-    value: float
+    value: float | None
     interval: tuple[float, float] | None
     expected: str
     note: str
 
 
-def study_report(study_id: str, name: str, study: Study, plots: Mapping[str, bytes], made_at: str = "") -> str:
-    """The report of a study's trials.
+def study_report(
+    study_id: str, name: str, study: Study, plots: Drawn, made_at: str = "", chosen: Sequence[str] = (), num_trials: int = 0
+) -> str:
+    """The report of a study's trials, or of a selection of them.
 
     Args:
-      plots: name -> PNG, see `lambda_hat.batch_size.plots`. made_at: when its last trial was trained.
+      made_at: when its last trial was trained. chosen: the conditions of the selection. num_trials: of the whole study.
     """
     table = study.table
     varied = swept(table)
-    constant = {key: values[0] for key in settings(table) if len(values := distinct(table[key])) == 1}
+    values = {key: distinct(table[key]) for key in settings(table)}
+    constant = {key: of[0] for key, of in values.items() if len(of) == 1}
+    several = [*varied, *(key for key, of in values.items() if len(of) > 1 and key not in varied)]
     columns = [*varied, *_known(table)]
-    order = table.sort_values("final_loss", kind="stable").head(MAX_TRIALS)
-    fits = list(_fits(study))
+    order = table.iloc[losses(table).to_numpy().argsort(kind="stable")[:MAX_TRIALS]]
+    fits, failed = list(_fits(study)), failures(table)
     return page(
         "study.html",
         study_id=study_id,
         name=name,
         made_at=made_at,
         versions=VERSIONS,
-        counts={
-            "trials": len(table),
-            "diverged": int(table["final_loss"].isna().sum()),
-            "seconds of training": float(table["seconds"].sum()),
-        },
+        counts={"trials": len(table), "failed": sum(failed.values()), **failed, "seconds of training": table["seconds"].sum()},
+        off=f"{1 - ALIVE:.0%}",
         constant={key: value for key, value in constant.items() if value not in (None, "", "()")},
-        axes=[(key, len(values), _listed(values)) for key in varied for values in [distinct(table[key])]],
+        axes=[(key, len(values[key]), _listed(values[key])) for key in several],
         best=_best(table, varied),
+        target_loss=study.target_loss,
         fits=fits[:MAX_FITS],
         num_fits=len(fits),
-        plots={key: (png, caption(PLOTS.get(key))) for key, png in plots.items()},
-        columns=["trial_id", *columns, "diverged_at_step"],
-        trials=order[["trial_id", *columns, "diverged_at_step"]].to_numpy(object).tolist(),
+        plots={key: (png, CAPTIONS[key]) for key, png in plots.pngs.items()},
+        not_drawn=list(plots.left_out.items()),
+        columns=["trial_id", *columns, "failure", "diverged_at_step"],
+        trials=order[["trial_id", *columns, "failure", "diverged_at_step"]].to_numpy(object).tolist(),
         num_trials=len(table),
+        chosen=chosen,
+        of_trials=num_trials,
         cell=_cell,
     )
 
 
 def _best(table: pd.DataFrame, varied: list[str]) -> tuple[list[str], list[list[Any]]]:
-    """Heading and rows of the settings of the lowest final loss; medians over the seeds, diverged trials being infinite."""
+    """Heading and rows of the settings of the lowest final loss; medians over the seeds, failed trials being infinite."""
     names = [name for name in varied if name != "seed"]
     results = _known(table)
-    ranked = table.assign(final_loss=table["final_loss"].fillna(np.inf))
+    ranked = table.assign(final_loss=losses(table).fillna(np.inf))
     by = ranked.groupby([comparable(ranked[name]) for name in names] or np.zeros(len(ranked)), dropna=False)
     medians = by[results].median().assign(lowest=by["final_loss"].min(), highest=by["final_loss"].max(), seeds=by.size())
     medians = medians[np.isfinite(medians["final_loss"])].sort_values("final_loss", kind="stable").head(MAX_BEST)
@@ -107,16 +112,15 @@ def _fits(study: Study) -> Iterator[Fit]:
         # Meant by muP with the learning rates of this package; see TrialSpec.
         transfers = set(group.table["parameterization"]) == {"mup"} and "original" not in set(group.table["rate_rule"])
         yield from _slope("exponent of the best η over N", group, width_transfer(group.table).slope, "0" if transfers else "–")
-    target, needed = trades(study)
-    for trade in needed:
+    for trade in trades(study):
         fit = trade.fit
         if fit is None:
             continue
         noise = "–" if trade.noise_scale is None else f"gradient noise scale {trade.noise_scale:.3g}"
         setting = trade.label or ALL
-        note = f"to a loss of {target:.3g}"
-        beyond = "" if fit.in_range else "; beyond the batch sizes tried"
-        yield Fit("critical batch size", setting, fit.batch_size, fit.batch_size_interval, noise, note + beyond)
+        note = f"to a loss of {study.target_loss:.3g}"
+        value, beyond = (fit.batch_size, "") if fit.in_range else (None, "; beyond the batch sizes tried")
+        yield Fit("critical batch size", setting, value, fit.batch_size_interval, noise, note + beyond)
         yield Fit("fewest steps", setting, fit.min_steps, fit.min_steps_interval, "–", f"{note}, B → ∞")
         yield Fit("fewest samples", setting, fit.min_samples, fit.min_samples_interval, "–", f"{note}, B → 0")
         if fit.linear_limit is not None:
@@ -132,9 +136,7 @@ def _slope(quantity: str, group: Group, slope: Slope | None, expected: str) -> I
 
 
 def _listed(values: Sequence[Any]) -> str:
-    """Values, of many some evenly spaced."""
-    some = evenly(values, MAX_VALUES)
-    return ", ".join(map(number, some)) + (f" ({len(some)} of them)" if len(some) < len(values) else "")
+    return ", ".join(map(number, values))
 
 
 def _cell(value: Any) -> str:

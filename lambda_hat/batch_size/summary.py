@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lambda_hat.batch_size.artifacts import batches, trained
+from lambda_hat.batch_size.ends import find_ends
 from lambda_hat.batch_size.plan import StudyPlan
-from lambda_hat.batch_size.study import Study, swept
+from lambda_hat.batch_size.study import Study, failed_text, failures, losses, swept
 from lambda_hat.report import aligned, files_of, what_failed
 from lambda_hat.store import Store
 from lambda_hat.trials.spec import TrialSpec
@@ -19,17 +20,20 @@ NUM_BEST = 10
 def preview(plan: StudyPlan, store: Store) -> str:
     """What a study would train: its programs, how many of their trials are in the store, and the work of the others."""
     done = trained(store)
+    ends = find_ends(store, [trial for trial in plan.trials if trial.target_id not in done])
     cells, samples = [], 0
     for batch in batches(plan.trials):
         spec, missing = batch[0], [trial for trial in batch if trial.target_id not in done]
-        samples += sum(trial.total_steps * trial.batch_size for trial in missing)
+        known = sum(ends[trial.target_id].step * trial.batch_size for trial in missing if trial.target_id in ends)
+        samples += sum(trial.total_steps * trial.batch_size for trial in missing) - known
         cells.append({
             "task": spec.task.kind, "width": f"{spec.width}", "depth": f"{spec.depth}", "batch size": f"{spec.batch_size}",
             "optimizer": f"{spec.optimizer} {spec.parameterization}", "steps": f"{spec.total_steps}",
             "trials": f"{len(batch)}", "to train": f"{len(missing)}",
         })  # fmt: skip
     sampled = ", and the llc of each" if plan.sampling else ""
-    return f"{aligned(cells, RIGHT)}\n{len(plan.trials)} trials{sampled}; {samples:,} samples to train on"
+    longer = f", {len(ends)} of them from the ends of shorter ones" if ends else ""
+    return f"{aligned(cells, RIGHT)}\n{len(plan.trials)} trials{sampled}{longer}; {samples:,} samples to train on"
 
 
 def label(trials: Sequence[TrialSpec]) -> str:
@@ -44,7 +48,7 @@ def label(trials: Sequence[TrialSpec]) -> str:
 def outcome(
     plan: StudyPlan, ids: Sequence[str], rows: Sequence[Mapping[str, Any]], errors: Sequence[str], unmeasured: Sequence[str]
 ) -> dict[str, Any]:
-    """The result of the flow, before it is published: what failed, and why.
+    """The result of the flow, before it is published: what could not be computed, and why.
 
     Args:
       ids: of the trials that are finished. rows: of the runs that sample them. errors, unmeasured: what went wrong with the
@@ -52,7 +56,7 @@ def outcome(
     """
     failed = [row for row in rows if row["status"] == "failed"]
     return {
-        "name": plan.name, "num_trials": len(plan.trials), "num_failed": len(plan.trials) - len(ids),
+        "name": plan.name, "num_trials": len(plan.trials), "num_untrained": len(plan.trials) - len(ids),
         "runs_failed": len(unmeasured) + len(failed),
         "run_ids": [row["run_id"] for row in rows if row["status"] != "failed"],
         "errors": list(dict.fromkeys([*errors, *unmeasured, *(row["remedy"] for row in failed)])),
@@ -60,36 +64,36 @@ def outcome(
 
 
 def summary(study: Study) -> dict[str, Any]:
-    """What came of a study, in JSON's own types: how many trials diverged, and the best, their cells as text."""
+    """What came of a study, in JSON's own types: how many trials failed and how, and the best, their cells as text."""
     table = study.table
-    shown = [*swept(table), "final_loss", "test_loss", "test_accuracy", "llc", "sharpness", "gradient_noise_scale", "trial_id"]
-    best = table.sort_values("final_loss").head(NUM_BEST)[
-        [name for name in shown if name in table and table[name].notna().any()]
-    ]
-    rows = [{name: _text(value) for name, value in row.items()} for row in best.to_dict("records")]
-    return {"num_diverged": int(table["diverged_at_step"].notna().sum()), "best": rows}
+    best = table.iloc[losses(table).to_numpy().argsort(kind="stable")[:NUM_BEST]]
+    names = ("final_loss", "test_loss", "test_accuracy", "llc", "sharpness", "gradient_noise_scale", "failure")
+    shown = [*swept(table), *(name for name in names if name in table and best[name].notna().any()), "trial_id"]
+    rows = [{name: _text(value) for name, value in row.items()} for row in best[shown].to_dict("records")]
+    return {"failures": failures(table), "best": rows}
 
 
-def failures(result: Mapping[str, Any]) -> str:
-    """What failed, in a sentence."""
+def incomplete(result: Mapping[str, Any]) -> str:
+    """What could not be computed, in a sentence. A trial that was trained and failed is a result."""
     return what_failed(
         {
-            f"of {result['num_trials']} trials": result["num_failed"],
+            f"of {result['num_trials']} trainings": result["num_untrained"],
             "measurements of trained networks": result["runs_failed"],
         }
     )
 
 
 def text(result: Mapping[str, Any]) -> str:
-    """The result of the flow for a terminal: the best trials, what failed and why, and where the files are."""
+    """The result of the flow for a terminal: the best trials, what could not be computed and why, and where the files are."""
     lines = [aligned(result["best"], RIGHT)] if "best" in result else []
-    lines += [failures(result)] if result["num_failed"] or result["runs_failed"] else []
+    lines += [incomplete(result)] if result["num_untrained"] or result["runs_failed"] else []
     lines += [f"  {error}" for error in result["errors"]]
     if "best" in result:
-        counts = f"{result['num_trials'] - result['num_failed']} trials, {result['num_diverged']} diverged"
+        counts = f"{result['num_trials'] - result['num_untrained']} trials, {failed_text(result['failures'])}"
         lines += [f"{result.get('study_id', result['name'])}: {counts}; the best of them above"]
     if files := result.get("files"):
         lines += files_of(files)
+        lines += [f"  {name} is not drawn: {why}" for name, why in result["not_drawn"].items()]
     return "\n".join(lines)
 
 

@@ -168,16 +168,16 @@ def load_study(store: Store, name: str, entropy_ids: Sequence[str], run_ids: Seq
     return EntropyStudy(name, measured, policies, _llcs(store, run_ids))
 
 
-def study_id(name: str, entropy_ids: Sequence[str], plots: Sequence[str] = (), run_ids: Sequence[str] = ()) -> str:
+def study_id(name: str, entropy_ids: Sequence[str], plots: Sequence[str] | None = None, run_ids: Sequence[str] = ()) -> str:
     """The id of a comparison of measurements."""
     return content_id("ens", {
-        "versions": [STUDY_VERSION, DIAGNOSIS_VERSION], "name": name, "plots": list(plots),
+        "versions": [STUDY_VERSION, DIAGNOSIS_VERSION], "name": name, "plots": plots,
         "entropy_ids": sorted(entropy_ids), "run_ids": sorted(run_ids),
     })  # fmt: skip
 
 
 def publish_study(
-    name: str, entropy_ids: Sequence[str], store: Store, plots: Sequence[str] = (), run_ids: Sequence[str] = ()
+    name: str, entropy_ids: Sequence[str], store: Store, plots: Sequence[str] | None = None, run_ids: Sequence[str] = ()
 ) -> Manifest:
     """Publishes the comparison of measurements, or finds it: results.csv and .parquet (every training sequence's features and
     influence), changes.csv, plots, report.html.
@@ -198,10 +198,10 @@ def publish_study(
     made_at = max(m.created_at for m in store.manifests(map(entropy_address, entropy_ids)))
     table = influence_table(study)
     changes = pd.concat([_named(one) for one in study.measured], ignore_index=True)
-    files = {f"{plot}.png": png for plot, png in drawn.items()}
+    files = {f"{plot}.png": png for plot, png in drawn.pngs.items()}
     files |= {"results.csv": table.to_csv(index=False).encode(), "results.parquet": table.to_parquet()}
     files["changes.csv"] = changes.to_csv(index=False).encode()
-    files["report.html"] = entropy_report(address.id, name, study, drawn, made_at[:16].replace("T", " ")).encode()
+    files["report.html"] = entropy_report(address.id, name, study, drawn.pngs, made_at[:16].replace("T", " ")).encode()
     spec = {
         "name": name, "entropy_ids": sorted(entropy_ids), "run_ids": sorted(run_ids), "target_ids": sorted(study.policies)
     }  # fmt: skip

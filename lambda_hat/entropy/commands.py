@@ -74,5 +74,5 @@ def _drawn(store: Store, address: Address, options: argparse.Namespace) -> None:
     if options.to is not None:
         write_plots(drawn, options)
     else:
-        page = entropy_report(address.id, study.name, study, drawn)
+        page = entropy_report(address.id, study.name, study, drawn.pngs)
         write_report(page, options, f"{len(study.measured)} updates of {address.id}")

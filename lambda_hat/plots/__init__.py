@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -54,15 +54,34 @@ def draw(plots: Mapping[str, Callable[..., Figure | None]], *content: Any) -> di
     return {name: save_png(figure) for name, figure in figures.items() if figure is not None}
 
 
-def draw_chosen(plots: Mapping[str, Callable[[Any], Figure | None]], study: Any, names: Sequence[str] = ()) -> dict[str, bytes]:
-    """The plots of these names, all if there are none, that apply to a study, as PNG files: name -> bytes.
+class Drawn(NamedTuple):
+    """The plots of a study. pngs: name -> PNG. left_out: name -> why it cannot be drawn."""
+
+    pngs: dict[str, bytes]
+    left_out: dict[str, str]
+
+
+def draw_chosen(
+    plots: Mapping[str, Callable[[Any], Figure | str | None]], study: Any, names: Sequence[str] | None = None
+) -> Drawn:
+    """The plots of these names, or all, of a study: a plot that cannot be drawn of it returns the reason, or None.
 
     Raises:
-      InvalidInput: a name is not that of a plot.
+      InvalidInput: a name is not that of a plot. RuntimeError: a plot fails; it says which.
     """
-    if unknown := [name for name in names if name not in plots]:
+    if unknown := [name for name in names or () if name not in plots]:
         raise InvalidInput(f"A plot must be known by name; got {unknown[0]!r}. {nearest(unknown[0], plots)}")
-    return draw({name: plots[name] for name in names or plots}, study)
+    drawn = Drawn({}, {})
+    for name in plots if names is None else dict.fromkeys(names):
+        try:
+            found = plots[name](study)
+        except Exception as error:
+            raise RuntimeError(f"the plot {name} failed: {type(error).__name__}: {error}") from error
+        if isinstance(found, Figure):
+            drawn.pngs[name] = save_png(found)
+        else:
+            drawn.left_out[name] = found or "it does not apply"
+    return drawn
 
 
-__all__ = ["RUN_PLOTS", "SWEEP_PLOTS", "TARGET_PLOTS", "Run", "draw", "draw_chosen", "save_png"]
+__all__ = ["RUN_PLOTS", "SWEEP_PLOTS", "TARGET_PLOTS", "Drawn", "Run", "draw", "draw_chosen", "save_png"]

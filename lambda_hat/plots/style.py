@@ -21,7 +21,7 @@ from PIL import Image
 from lambda_hat.diagnostics import Diagnosis
 from lambda_hat.llc import MIN_DRAWS
 from lambda_hat.run import RunSpec
-from lambda_hat.text import with_error
+from lambda_hat.text import is_power_of_two, number, power, with_error
 from lambda_hat.trace import Trace
 
 Run = tuple[RunSpec, Trace, Diagnosis]
@@ -231,31 +231,11 @@ def log_axis(ax: Axes, which: str, values: Iterable[float]) -> None:
     for value in values[1:]:
         if value >= 0.999 * ticks[-1] * apart:
             ticks.append(value)
-    powers = all(map(_is_power_of_two, values)) and values[-1] / values[0] >= 64
+    powers = all(map(is_power_of_two, values)) and values[-1] / values[0] >= 64
     axis.set_ticks(
-        ticks, [_power(2, math.log2(value)) if powers else number(float(f"{value:.3g}")) for value in ticks], fontsize=9
+        ticks, [power(2, math.log2(value)) if powers else number(float(f"{value:.3g}")) for value in ticks], fontsize=9
     )
     axis.set_minor_locator(NullLocator())
-
-
-def number(value: Any) -> str:
-    """A setting as text; small powers of two, and small or large ones of ten, as such."""
-    if not isinstance(value, float):
-        return str(value)
-    if not value > 0:
-        return "none" if value != value else f"{value:g}"
-    if value < 0.25 and _is_power_of_two(value):
-        return _power(2, math.log2(value))
-    ten = round(math.log10(value))
-    return _power(10, ten) if abs(ten) > 3 and value == float(f"1e{ten}") else f"{value:.4g}"
-
-
-def _is_power_of_two(value: float) -> bool:
-    return math.frexp(value)[0] == 0.5
-
-
-def _power(base: int, exponent: float) -> str:
-    return f"{base}" + f"{exponent:.0f}".translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def sequential(count: int) -> list[Any]:

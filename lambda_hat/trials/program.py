@@ -54,7 +54,7 @@ class Data(NamedTuple):
 
 
 class State(NamedTuple):
-    """What the loop carries. curve: (point, seed, lane). diverged: (seed, lane), the step, or 0."""
+    """What the loop carries. curve: (seed, lane, point), see `Length`. diverged: (seed, lane), the step, or 0."""
 
     weights: tuple[jax.Array, ...]  # (seed, lane, out, in)
     optimizer: Any
@@ -65,12 +65,20 @@ class State(NamedTuple):
 def program_key(spec: TrialSpec) -> TrialSpec:
     """What the compiled program depends on: the spec with everything at fixed values that is traced."""
     task = spec.task.model_copy(update={"n_data": 2**40, "n_test": 1} | ({"seed": 0} if hasattr(spec.task, "seed") else {}))
-    fixed = {"task": task, "num_steps": 1, "num_epochs": None, "rate_rule": "raw", "num_points": 1, "parameterization": "sp"}
+    fixed = {
+        "task": task,
+        "num_steps": 1,
+        "num_epochs": None,
+        "rate_rule": "raw",
+        "points_per_doubling": 1,
+        "parameterization": "sp",
+    }
     return spec.static().model_copy(update=fixed)
 
 
 class Length(NamedTuple):
-    """Number of steps, and the steps of the points of the curve, ascending, the last repeated to the length of the curve."""
+    """Number of steps, and the steps at which the points of the curve end, ascending, however many of them come after the last
+    step: so that a point's share of a step is the same whatever the number of steps."""
 
     total: Any
     points: Any
@@ -111,7 +119,7 @@ def make_program(spec: TrialSpec) -> Program:
     def init(lanes: Lanes, num_points: int) -> State:
         seeds, width = lanes.scale.shape
         weights = tuple(jnp.repeat(weight, width, axis=1) for weight in lanes.initial)
-        curve = jnp.zeros((num_points, seeds, width), lanes.scale.dtype)
+        curve = jnp.zeros((seeds, width, num_points), lanes.scale.dtype)
         return State(weights, optimizer.init(weights), curve, jnp.zeros((seeds, width), jnp.int32))
 
     @jax.jit
@@ -121,12 +129,15 @@ def make_program(spec: TrialSpec) -> Program:
 
     @jax.jit
     def evaluate(weights: tuple[jax.Array, ...], lanes: Lanes, x: jax.Array, y: jax.Array, counts: jax.Array) -> dict[str, Any]:
-        """Sums over the samples that count, (seed, lane); `change` of the layers' mean squares, (seed, lane, layer)."""
-        changes = [now - before for now, before in zip(network(weights, x), network(lanes.initial, x), strict=True)]
+        """Sums over the samples that count, (seed, lane); `alive` of those for which some unit of the last hidden layer is on,
+        `change` of the layers' mean squares, (seed, lane, layer)."""
+        outputs = network(weights, x)
+        changes = [now - before for now, before in zip(outputs, network(lanes.initial, x), strict=True)]
         changes[-1] = changes[-1] * lanes.scale[..., None, None]
         labels = y.T[None, None]
         sums = {
             "loss": sample_losses(spec.loss, changes[-1], labels, axis=2) @ counts,
+            "alive": jnp.any(outputs[-2] > 0, axis=2).astype(x.dtype) @ counts,
             "change": jnp.stack([jnp.mean(jnp.square(change), 2) @ counts for change in changes], -1),
         }
         if task.kind == "images":
@@ -162,7 +173,7 @@ def make_program(spec: TrialSpec) -> Program:
         """Adds the losses of a step, counted from 1, to their point's mean."""
         point = jnp.sum(length.points < step, dtype=jnp.int32)
         since = jnp.where(point > 0, length.points[point - 1], 0)
-        curve = state.curve.at[point].add(losses / (length.points[point] - since).astype(losses.dtype))
+        curve = state.curve.at[..., point].add(losses / (length.points[point] - since).astype(losses.dtype))
         diverged = jnp.where((state.diverged == 0) & ~jnp.isfinite(losses), step, state.diverged)
         return state._replace(curve=curve, diverged=diverged)
 

@@ -17,6 +17,9 @@ from lambda_hat.trials.task import AnyTask, ImagesTask
 
 Loss = Literal["mse", "cross_entropy"]
 
+#: Steps are counted in 32 bits.
+MAX_STEPS = 2**30
+
 #: Fields that only one optimizer has.
 _FIELDS_OF = {"momentum": "sgd", "beta1": "adam", "beta2": "adam"}
 
@@ -51,10 +54,10 @@ class TrialSpec(TargetSpec):
         "standard", description="how the learning rate depends on richness and width"
     )
     batch_size: int = Field(64, ge=1, description="samples B of a step")
-    num_steps: int | None = Field(None, ge=1, description="optimizer steps")
+    num_steps: int | None = Field(None, ge=1, le=MAX_STEPS, description="optimizer steps")
     num_epochs: int | None = Field(None, ge=1, description="or: passes over the data, of n_data // batch_size steps each")
-    num_points: int = Field(
-        100, ge=1, le=10_000, description="points of the loss curve at most, half of them log-spaced, half evenly spaced"
+    points_per_doubling: int = Field(
+        32, ge=1, le=1000, description="points of the loss curve while the steps double, evenly spaced; first one a step"
     )
 
     @model_validator(mode="after")
@@ -67,6 +70,10 @@ class TrialSpec(TargetSpec):
             raise ValueError(
                 "a trial's length is either num_steps or num_epochs; "
                 f"got num_steps={self.num_steps} and num_epochs={self.num_epochs}: give one"
+            )
+        if self.num_epochs is not None and self.total_steps > MAX_STEPS:
+            raise ValueError(
+                f"a trial has at most {MAX_STEPS} steps; num_epochs={self.num_epochs} are {self.total_steps}: lower num_epochs"
             )
         if self.loss == "cross_entropy" and self.task.kind != "images":
             raise ValueError(f"loss=cross_entropy is of classes; got it with task.kind={self.task.kind}: set loss=mse")
@@ -117,6 +124,11 @@ class TrialSpec(TargetSpec):
         if self.rate_rule == "original":
             return (rate * sqrt_width,) * self.depth
         return (rate, *(rate / sqrt_width,) * (self.depth - 2), rate)
+
+    @property
+    def course_id(self) -> str:
+        """The same for trials that differ in nothing but their length: the id of the one that ends after a step."""
+        return self.model_copy(update={"num_steps": 1, "num_epochs": None}).target_id
 
     def static(self) -> TrialSpec:
         """This spec with eta, richness and seed at fixed values: trials of equal ones are trained together."""

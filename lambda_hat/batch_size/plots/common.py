@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lambda_hat.batch_size.fits import Optimum, Slope, optimum
-from lambda_hat.batch_size.study import comparable, distinct, swept
-from lambda_hat.plots.style import MAX_COLUMNS, evenly, fence, grid, number
-from lambda_hat.text import with_error
+from lambda_hat.batch_size.fits import Optimum, Slope, optimum, over_rates
+from lambda_hat.batch_size.study import Group, distinct
+from lambda_hat.plots.style import MAX_COLUMNS, evenly, fence, grid
+from lambda_hat.text import number, with_error
 
 #: Panels of a figure and lines of a panel that can still be told apart; of more, evenly spaced ones are shown.
 MAX_PANELS, MAX_LINES = 9, 7
-
-#: The window over which loss curves are smoothed before they are compared, as a share of the steps done.
-WINDOW = 0.2
 
 LABELS = {
     "batch_size": "batch size B (samples)",
@@ -32,26 +29,10 @@ LABELS = {
 LOSSES = {"mse": "mean squared error", "cross_entropy": "cross-entropy (nats)"}
 
 
-class Group(NamedTuple):
-    """Trials that differ in the axes of a plot and in the seed alone. values: their other swept settings."""
-
-    values: dict[str, Any]
-    table: pd.DataFrame
-
-    @property
-    def label(self) -> str:
-        return " · ".join(f"{name.removeprefix('task.')}={number(value)}" for name, value in self.values.items())
-
-
-def groups(table: pd.DataFrame, *axes: str, least: int = 2) -> list[Group]:
-    """The trials by all swept settings but the axes and the seed, in order; only those of `least` values of every axis."""
-    names = [name for name in swept(table) if name not in (*axes, "seed")]
-    if not names:
-        found = [Group({}, table)]
-    else:
-        keys = [comparable(table[name]) for name in names]
-        found = [Group(dict(zip(names, values, strict=True)), of) for values, of in table.groupby(keys, dropna=False)]
-    return [group for group in found if all(group.table[axis].nunique() >= least for axis in axes)]
+def too_few(table: pd.DataFrame, *axes: str, least: int = 2) -> str:
+    """Why a plot over these axes cannot be drawn, where `groups` finds nothing."""
+    counts = " and ".join(str(table[axis].nunique()) for axis in axes)
+    return f"it takes {least} values of {' and of '.join(axes)} in one setting; found {counts} in all of them"
 
 
 def shown(found: Sequence[Group], most: int = MAX_PANELS) -> list[Group]:
@@ -82,9 +63,9 @@ def fullest(found: Sequence[Group]) -> Group:
 def over_seeds(table: pd.DataFrame, *axes: str, of: str = "final_loss") -> pd.DataFrame:
     """Rows of the axes, and of each `median`, `low` and `high` of a column over the seeds.
 
-    A trial without a final loss diverged, which counts as infinite; what was not measured does not count.
+    A trial that failed counts as infinite; what was not measured does not count.
     """
-    value = table[of].astype(np.float64).where(table["final_loss"].notna(), np.inf)
+    value = table[of].astype(np.float64).where(table["failure"].isna(), np.inf)
     by_axes = value.groupby([table[axis] for axis in axes])
     found = pd.DataFrame({"median": by_axes.median(), "low": by_axes.min(), "high": by_axes.max()})
     return found.dropna().reset_index()
@@ -99,9 +80,9 @@ def optima(table: pd.DataFrame, by: str) -> dict[float, Optimum]:
     """The best learning rate at each value of `by`, of trials that differ in `by`, eta and seed alone; of three and more."""
     found = {}
     for value in distinct(table[by]):
-        grid = table[table[by] == value].pivot(index="seed", columns="eta", values="final_loss")
-        best = optimum(grid.columns.to_numpy(np.float64), grid.to_numpy(np.float64))
-        if best.flag != "none" and grid.shape[1] > 2:
+        etas, losses = over_rates(table[table[by] == value])
+        best = optimum(etas, losses)
+        if best.flag != "none" and len(etas) > 2:
             found[value] = best
     return found
 
@@ -118,11 +99,18 @@ def loss_label(table: pd.DataFrame) -> str:
     return LOSSES.get(kinds[0], kinds[0]) if len(kinds) == 1 else "loss"
 
 
+def some(drawn: Sequence[Any], every: Sequence[Any], what: str) -> str:
+    """How many of what there is are drawn, where not all are."""
+    return f"{len(drawn)} of {len(every)} {what}" if len(drawn) < len(every) else ""
+
+
 def panels(
-    title: str, table: pd.DataFrame, count: int, found: int, columns: int = MAX_COLUMNS, height: float = 3.2, **subplots: Any
-) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels under a title, which says so where more were found."""
-    return grid(f"{title} · {seeds_text(table)}", identity(table), count, found, columns, height, **subplots)
+    title: Sequence[str], table: pd.DataFrame, count: int, found: int, columns: int = MAX_COLUMNS, height: float = 3.2,
+    **subplots: Any,
+) -> tuple[Figure, list[Axes]]:  # fmt: skip
+    """A figure of `count` panels under a title of several parts, which says so where more were found."""
+    heading = " · ".join(filter(None, [*title, seeds_text(table)]))
+    return grid(heading, identity(table), count, found, columns, height, **subplots)
 
 
 def loss_axis(axes: Sequence[Axes], losses: np.ndarray) -> None:

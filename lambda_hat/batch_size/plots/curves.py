@@ -14,41 +14,47 @@ from lambda_hat.batch_size.critical import collapse
 from lambda_hat.batch_size.plots.common import (
     MAX_LINES,
     MAX_PANELS,
-    WINDOW,
     columns_of,
     fullest,
-    groups,
     loss_axis,
     loss_label,
     panels,
     shown,
+    some,
     temperature,
+    too_few,
 )
 from lambda_hat.batch_size.smoothing import smooth, updates_done
-from lambda_hat.batch_size.study import Study
-from lambda_hat.plots.style import BAND, EXACT, evenly, finish, number, sequential, title
+from lambda_hat.batch_size.study import Study, groups, losses
+from lambda_hat.batch_size.trades import WINDOW, smoothed
+from lambda_hat.plots.style import BAND, EXACT, evenly, finish, sequential, title
+from lambda_hat.text import number
+
+#: Where a curve ends that failed; named in the legend where it is drawn.
+FAILED: dict[str, Any] = {"marker": "x", "markersize": 7, "markeredgewidth": 2, "linestyle": "none", "label": "failed"}
 
 
-def plot_losscurve_temp_samples(study: Study) -> Figure | None:
+def plot_losscurve_temp_samples(study: Study) -> Figure | str:
     """Loss against samples seen, a panel for each temperature eta/B and a line for each batch size: one line where the
-    temperature alone matters. None where no temperature has two batch sizes."""
+    temperature alone matters."""
     return _by_temperature(study, "samples seen", "batch_size", reference=False)
 
 
-def plot_losscurve_temp_eff_steps(study: Study) -> Figure | None:
+def plot_losscurve_temp_eff_steps(study: Study) -> Figure | str:
     """Loss against eta × step, the time of gradient flow, a panel for each temperature and a line for each batch size; dashed
-    in every panel the largest batch size at its best learning rate. None where no temperature has two batch sizes."""
+    in every panel the largest batch size at its best learning rate."""
     return _by_temperature(study, "gradient-flow time η × step", "eta", reference=True)
 
 
-def plot_losscurve_grid(study: Study) -> Figure | None:
-    """Loss against steps, a panel for each setting and a line for each learning rate; None without a curve."""
+def plot_losscurve_grid(study: Study) -> Figure | str:
+    """Loss against steps, a panel for each setting and a line for each learning rate."""
     found = groups(study.table, "eta", least=1)
     if not found:
-        return None
-    chosen = shown(found)
-    fig, axes = panels("smoothed training loss", study.table, len(chosen), len(found), columns_of(chosen), sharey=True)
-    lines = {eta: study.table["eta"] == eta for eta in evenly(sorted(set(study.table["eta"])), MAX_LINES)}
+        return too_few(study.table, "eta", least=1)
+    chosen, rates = shown(found), sorted(set(study.table["eta"]))
+    lines = {eta: study.table["eta"] == eta for eta in evenly(rates, MAX_LINES)}
+    heading = ["smoothed training loss", some(list(lines), rates, "learning rates")]
+    fig, axes = panels(heading, study.table, len(chosen), len(found), columns_of(chosen), sharey=True)
     for ax, group in zip(axes, chosen, strict=True):
         for (eta, of), color in zip(lines.items(), sequential(len(lines)), strict=True):
             _draw(ax, study, group.table[of.loc[group.table.index]], 1.0, color=color, label=f"η={number(eta)}")
@@ -56,53 +62,54 @@ def plot_losscurve_grid(study: Study) -> Figure | None:
     return _finish(fig, axes, "step", loss_label(study.table))
 
 
-def _by_temperature(study: Study, xlabel: str, clock: str, reference: bool) -> Figure | None:
+def _by_temperature(study: Study, xlabel: str, clock: str, reference: bool) -> Figure | str:
     found = groups(study.table, "batch_size", "eta")
     if not found:
-        return None
+        return too_few(study.table, "batch_size", "eta")
     group = fullest(found)
     table = group.table
     temperatures = temperature(table)
-    sizes = table["batch_size"].where(table["final_loss"].notna()).groupby(temperatures).nunique()
+    sizes = table["batch_size"].where(table["failure"].isna()).groupby(temperatures).nunique()
     several = sorted(sizes.index[sizes > 1])
     if not several:
-        return None
+        return "it takes two batch sizes at one temperature η/B, with trials that did not fail; no temperature has them"
     chosen = evenly(several, MAX_PANELS)
-    heading = " · ".join(filter(None, ("smoothed training loss at equal η/B", group.label)))
+    every = sorted(set(table["batch_size"][temperatures.isin(chosen)]))
+    shown_sizes = evenly(every, MAX_LINES)
+    left_out = some([group], found, "settings"), some(shown_sizes, every, "batch sizes")
+    heading = ["smoothed training loss at equal η/B", group.label, *left_out]
     fig, axes = panels(heading, study.table, len(chosen), len(several), sharex=True, sharey=True)
-    shown_sizes = evenly(sorted(set(table["batch_size"][temperatures.isin(chosen)])), MAX_LINES)
     largest = table[table["batch_size"] == table["batch_size"].max()]
-    for size, color in zip(shown_sizes, sequential(len(shown_sizes)), strict=True):
-        axes[0].plot([], [], color=color, label=f"B={size}")  # the legend's order
+    drawn = set()
     for ax, value in zip(axes, chosen, strict=True):
-        if reference and largest["final_loss"].notna().any():
-            best = largest[largest["eta"] == largest.groupby("eta")["final_loss"].median().idxmin()]
+        if reference and largest["failure"].isna().any():
+            best = largest[largest["eta"] == losses(largest).groupby(largest["eta"]).median().idxmin()]
             name = f"B={best['batch_size'].iloc[0]}, η={number(best['eta'].iloc[0])}"
             _draw(ax, study, best, best[clock].iloc[0], color=EXACT, linestyle="--", label=name)
         for size, color in zip(shown_sizes, sequential(len(shown_sizes)), strict=True):
             rows = table[(temperatures == value) & (table["batch_size"] == size)]
-            if len(rows):
-                _draw(ax, study, rows, rows[clock].iloc[0], color=color)
+            if len(rows) and _draw(ax, study, rows, rows[clock].iloc[0], color=color):
+                drawn.add(size)
         title(ax, f"η/B={number(value)}", _parting(study, table[temperatures == value]))
+    for size, color in zip(shown_sizes, sequential(len(shown_sizes)), strict=True):
+        if size in drawn:
+            axes[0].plot([], [], color=color, label=f"B={size}")  # in order, whichever panel has the line
     return _finish(fig, axes, xlabel, loss_label(table))
 
 
 def _parting(study: Study, trials: pd.DataFrame) -> str:
     """From which batch size on the curves at one temperature differ over samples seen."""
-    curves = [
-        (float(size), (steps, smooth(steps, losses, relative=WINDOW)))
-        for size, name in zip(trials["batch_size"], trials["trial_id"], strict=True) if name in study.curves
-        for steps, losses in [study.curves[name]]
-    ]  # fmt: skip
-    found = collapse(curves)
-    return "" if found is None or found.breaks_at is None else f"one curve up to B≈{found.breaks_at:.2g}"
+    found = collapse(smoothed(study, trials))
+    return "" if found is None or found.breaks_at is None else f"one curve up to B≈{float(f'{found.breaks_at:.2g}'):g}"
 
 
-def _draw(ax: Axes, study: Study, trials: pd.DataFrame, per_step: float, **style: Any) -> None:
-    """The smoothed losses' median over seeds and their range; a cross where it ends because trials diverged."""
-    curves = [study.curves[name] for name in trials["trial_id"] if name in study.curves]
-    if not curves:
-        return
+def _draw(ax: Axes, study: Study, trials: pd.DataFrame, per_step: float, **style: Any) -> bool:
+    """The smoothed losses' median over seeds and their range; a cross at its end where half of the trials failed. Whether there
+    is anything to draw."""
+    trials = trials[trials["trial_id"].isin(study.curves)]
+    if trials.empty:
+        return False
+    curves = [study.curves[name] for name in trials["trial_id"]]
     steps = curves[0][0]
     losses = np.array([smooth(steps, of, relative=WINDOW) for at, of in curves if np.array_equal(at, steps)])
     losses = np.where(np.isfinite(losses) & (losses > 0), losses, np.inf)
@@ -110,21 +117,22 @@ def _draw(ax: Axes, study: Study, trials: pd.DataFrame, per_step: float, **style
     updates = updates_done(steps)
     good = np.isfinite(middle) & (updates > 0)
     if not good.any():
-        return
+        return False
     x = updates[good] * per_step
     ax.plot(x, middle[good], linewidth=1.4, **style)
     if len(losses) > 1:
         high = np.where(np.isfinite(losses), losses, 0).max(axis=0)
         ax.fill_between(x, losses.min(axis=0)[good], high[good], **BAND, color=style["color"])
-    if not good[-1]:
-        ax.plot(x[-1], middle[good][-1], "x", color=style["color"], markersize=7, markeredgewidth=2)
+    if 2 * trials["failure"].count() >= len(trials):
+        ax.plot(x[-1], middle[good][-1], color=style["color"], **FAILED)
+    return True
 
 
-def _finish(fig: Figure, axes: Sequence[Axes], xlabel: str, ylabel: str) -> Figure | None:
-    """Axes, limits that diverging trials do not squash, and one legend; None where there is no line."""
+def _finish(fig: Figure, axes: Sequence[Axes], xlabel: str, ylabel: str) -> Figure | str:
+    """Axes, limits that diverging trials do not squash, and one legend."""
     values = [np.asarray(line.get_ydata(), np.float64) for ax in axes for line in ax.lines]
     if not sum(map(len, values)):
-        return None
+        return "there is no loss curve with a finite loss after the first step"
     for ax in axes:
         ax.set(xscale="log")
     loss_axis(axes, np.concatenate(values))

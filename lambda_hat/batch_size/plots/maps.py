@@ -12,91 +12,78 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.collections import PatchCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch, Polygon
+from matplotlib.patches import Polygon
 
 from lambda_hat.batch_size.fits import LAZY, RICH, richness_slopes
 from lambda_hat.batch_size.plots.common import (
     LABELS,
     columns_of,
-    groups,
     loss_label,
     optima,
     over_seeds,
     panels,
     shown,
     slope_text,
+    too_few,
 )
-from lambda_hat.batch_size.study import Study
+from lambda_hat.batch_size.study import Study, groups
 from lambda_hat.plots.style import COLORS, EXACT, fence, finish, log_axis, title
 
 #: The share of cells with a trial below which a set of trials is no grid, and is drawn as points.
 FILLED = 0.15
-#: Where trials diverged.
-DIVERGED: dict[str, Any] = {"facecolor": "#E0E0E0", "edgecolor": "#8A8A8A", "hatch": "////", "linewidth": 0.0}
-#: In legends.
-BEST: dict[str, Any] = {"marker": "o", "color": "black", "markerfacecolor": "white", "markersize": 5, "linestyle": "none"}
-AT_END: dict[str, Any] = {"marker": "X", "color": "white", "markerfacecolor": "black", "markersize": 6, "linestyle": "none"}
-FITTED: dict[str, Any] = {"color": COLORS[1], "linewidth": 2.5}
-THEORY: dict[str, Any] = {"color": "black", "linewidth": 1.2, "linestyle": "--"}
-SLOPES = (Line2D([], [], **FITTED, label="fitted power"), Line2D([], [], **THEORY, label="theory"))
-MARKS = (
-    Line2D([], [], **BEST, label="best η"),
-    Line2D([], [], **AT_END, label="at an end of the η tried"),
-    Patch(**DIVERGED, label="diverged"),
-)
+#: Where trials failed.
+FAILED: dict[str, Any] = {"facecolor": "#E0E0E0", "edgecolor": "#8A8A8A", "hatch": "////", "linewidth": 0.0}
+#: Optima and lines, each named in the legend where it is drawn.
+BEST: dict[str, Any] = {
+    "marker": "o", "color": "black", "markerfacecolor": "white", "markersize": 5, "linestyle": "none", "label": "best η"
+}  # fmt: skip
+AT_END: dict[str, Any] = {
+    "marker": "X", "color": "white", "markerfacecolor": "black", "markersize": 6, "linestyle": "none",
+    "label": "at an end of the η tried",
+}  # fmt: skip
+FITTED: dict[str, Any] = {"color": COLORS[1], "linewidth": 2.5, "label": "fitted power"}
+THEORY: dict[str, Any] = {"color": "black", "linewidth": 1.2, "linestyle": "--", "label": "theory"}
 
 
-def plot_heatmap_batch(study: Study) -> Figure | None:
+def plot_heatmap_batch(study: Study) -> Figure | str:
     """log10 of the final loss over batch size and learning rate, with the best learning rate of each batch size; a panel for
-    each other setting. None for fewer than two values of either."""
+    each other setting."""
     return _loss_maps(study, "batch_size", "batch size")
 
 
-def plot_heatmap_temp(study: Study) -> Figure | None:
+def plot_heatmap_temp(study: Study) -> Figure | str:
     """log10 of the final loss over temperature eta/B and learning rate, with the best learning rate of each batch size: columns
-    of one colour where the temperature alone matters. None for fewer than two batch sizes or learning rates."""
+    of one colour where the temperature alone matters."""
     return _loss_maps(study, "batch_size", "temperature", over_temperature=True)
 
 
-def plot_heatmap_gamma(study: Study) -> Figure | None:
+def plot_heatmap_gamma(study: Study) -> Figure | str:
     """log10 of the final loss over richness and learning rate, with the best learning rate of each richness, its fitted powers
-    of the richness, and dashed the theory's. None for fewer than two values of either."""
+    of the richness, and dashed the theory's."""
     return _loss_maps(study, "richness", "richness")
 
 
-def _loss_maps(study: Study, by: str, name: str, over_temperature: bool = False) -> Figure | None:
+def _loss_maps(study: Study, by: str, name: str, over_temperature: bool = False) -> Figure | str:
     found = groups(study.table, by, "eta")
     if not found:
-        return None
+        return too_few(study.table, by, "eta")
     chosen = shown(found)
-    heading = f"final loss over {name} and learning rate"
+    heading = [f"final loss over {name} and learning rate"]
     fig, axes = panels(heading, study.table, len(chosen), len(found), columns_of(chosen))
     maps = [over_seeds(group.table, by, "eta") for group in chosen]
     values = [log10(cells["median"]) for cells in maps]
-    norm = _loss_norm(study, np.concatenate(values))
-    lines: tuple[Line2D, ...] = ()
+    low, high = fence(np.concatenate(values))
+    norm = Normalize(low, max(low + 0.01, high))
     for ax, group, cells, of in zip(axes, chosen, maps, values, strict=True):
         drawn = heatmap(ax, cells, by, of, norm, over_temperature=over_temperature)
         for value, best in optima(group.table, by).items():
             eta = 2.0**best.log2_eta
             x = eta / value if over_temperature else value
             ax.plot(x, eta, zorder=3, **(AT_END if best.flag == "edge" else BEST))
-        texts = _slopes(ax, group.table) if by == "richness" else []
-        title(ax, group.label, *texts)
-        lines = SLOPES if texts else lines
+        title(ax, group.label, *(_slopes(ax, group.table) if by == "richness" else ()))
     color_bar(fig, drawn, axes, np.concatenate(values), f"log₁₀ {loss_label(study.table)}")
-    finish(fig, axes, LABELS["temperature" if over_temperature else by], LABELS["eta"], (*MARKS, *lines))
+    finish(fig, axes, LABELS["temperature" if over_temperature else by], LABELS["eta"])
     return fig
-
-
-def _loss_norm(study: Study, values: np.ndarray) -> Normalize:
-    """Colours for log10 of losses: up to the loss at the start, where it is known, and no outliers."""
-    low, high = fence(values)
-    starts = [losses[0] for _, losses in study.curves.values() if len(losses) and losses[0] > 0]
-    if starts:
-        high = min(high, float(np.log10(np.median(starts))))
-    return Normalize(low, max(low + 0.01, high))
 
 
 def _slopes(ax: Axes, table: pd.DataFrame) -> list[str]:
@@ -132,8 +119,8 @@ def heatmap(
     cmap: str = "viridis",
     over_temperature: bool = False,
 ) -> ScalarMappable:
-    """The values over a column, or eta divided by it, and eta, on logarithmic axes; hatched where infinite; as points where the
-    cells are no grid."""
+    """The values over a column, or eta divided by it, and eta, on logarithmic axes; hatched where infinite, as those of trials
+    that failed are; as points where the cells are no grid."""
     x = cells["eta"] / cells[by] if over_temperature else cells[by]
     log_axis(ax, "x", x)
     log_axis(ax, "y", cells["eta"])
@@ -141,7 +128,8 @@ def heatmap(
     rows, row = np.unique(cells["eta"], return_inverse=True)
     finite = np.isfinite(values)
     if len(values) < FILLED * len(columns) * len(rows):
-        ax.scatter(x[~finite], cells["eta"][~finite], marker="x", color=DIVERGED["edgecolor"], s=20)
+        if not finite.all():
+            ax.scatter(x[~finite], cells["eta"][~finite], marker="x", color=FAILED["edgecolor"], s=20, label="failed")
         at = (x[finite], cells["eta"][finite])
         return ax.scatter(*at, c=values[finite], norm=norm, cmap=cmap, s=30, edgecolors=EXACT, linewidths=0.4)
     grid = np.full((len(rows), len(columns)), np.nan)
@@ -152,7 +140,9 @@ def heatmap(
     corners = np.stack([across, up], axis=-1)
     lost = [Polygon([corners[i, j], corners[i, j + 1], corners[i + 1, j + 1], corners[i + 1, j]])
             for i, j in zip(row[~finite], column[~finite], strict=True)]  # fmt: skip
-    ax.add_collection(PatchCollection(lost, **DIVERGED))
+    if lost:
+        ax.add_collection(PatchCollection(lost, **FAILED))
+        ax.fill(np.nan, np.nan, **FAILED, label="failed")  # a legend cannot show the collection
     return ax.pcolormesh(across, up, np.ma.masked_invalid(grid), norm=norm, cmap=cmap)
 
 

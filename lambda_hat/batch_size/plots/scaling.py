@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -11,14 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lambda_hat.batch_size.critical import CriticalBatchSize, Curve, critical_batch_size, steps_to_target
 from lambda_hat.batch_size.fits import power_slope, width_transfer
 from lambda_hat.batch_size.plots.common import (
     LABELS,
     MAX_LINES,
-    WINDOW,
     columns_of,
-    groups,
     loss_axis,
     loss_label,
     optima,
@@ -26,83 +22,74 @@ from lambda_hat.batch_size.plots.common import (
     panels,
     shown,
     slope_text,
+    some,
+    too_few,
 )
-from lambda_hat.batch_size.smoothing import smooth
-from lambda_hat.batch_size.study import Study
-from lambda_hat.plots.style import BAND, COLORS, EXACT, MARKERS, color, evenly, finish, log_axis, number, sequential, title
-
-#: The share of batch sizes that reach the target loss, and the fewest that say anything.
-REACHING, MIN_SIZES = 0.75, 3
+from lambda_hat.batch_size.study import Study, groups
+from lambda_hat.batch_size.trades import Trade, trades
+from lambda_hat.plots.style import BAND, COLORS, EXACT, MARKERS, color, evenly, finish, log_axis, sequential, title
+from lambda_hat.text import number
 
 
-class Trade(NamedTuple):
-    """Steps for samples in one setting.
-
-    table: of each batch size and seed the trial that needs the fewest `steps`, and whether its learning rate is `at_end` of
-    those tried. noise_scale: the gradient noise scale at the end of these trials, their median.
-    """
-
-    label: str
-    table: pd.DataFrame
-    fit: CriticalBatchSize | None
-    noise_scale: float | None
-
-
-def plot_width_transfer(study: Study) -> Figure | None:
+def plot_width_transfer(study: Study) -> Figure | str:
     """Final loss against learning rate, a line for each width with its best rate, and a panel for each other setting: the best
-    rates are one where the rate transfers. None for fewer than two widths or learning rates."""
+    rates are one where the rate transfers."""
     found = groups(study.table, "width", "eta")
     if not found:
-        return None
-    chosen = shown(found)
-    fig, axes = panels(
-        "learning-rate transfer across widths", study.table, len(chosen), len(found), columns_of(chosen), sharey=True
-    )
-    widths = evenly(sorted(set(study.table["width"])), MAX_LINES)
+        return too_few(study.table, "width", "eta")
+    if study.table["failure"].notna().all():
+        return "every trial failed"
+    chosen, every = shown(found), sorted(set(study.table["width"]))
+    widths = evenly(every, MAX_LINES)
+    heading = ["learning-rate transfer across widths", some(widths, every, "widths")]
+    fig, axes = panels(heading, study.table, len(chosen), len(found), columns_of(chosen), sharey=True)
     drawn = []
+    stars: dict[str, Line2D] = {}  # those that are drawn, in no width's colour
     for ax, group in zip(axes, chosen, strict=True):
         cells = over_seeds(group.table, "width", "eta")
         best = optima(group.table, "width")
         log_axis(ax, "x", cells["eta"])
         for width, shade in zip(widths, sequential(len(widths)), strict=True):
             line = cells[(cells["width"] == width) & np.isfinite(cells["median"])]
+            if line.empty:
+                continue
             drawn.append(line["median"])
             ax.plot(line["eta"], line["median"], ".-", color=shade, linewidth=1.4, label=f"N={width}")
             high = line["high"].where(np.isfinite(line["high"]), line["median"])
             ax.fill_between(line["eta"], line["low"], high, **BAND, color=shade)
             if width in best:
-                face = "white" if best[width].flag == "edge" else shade
-                ax.plot(2.0 ** best[width].log2_eta, best[width].loss, "*", color=shade, markerfacecolor=face, markersize=12)
+                at_end = best[width].flag == "edge"
+                label, face = ("at an end of the η tried", "white") if at_end else ("best η", None)
+                ax.plot(2.0 ** best[width].log2_eta, best[width].loss, "*", color=shade, ms=12, mfc=face or shade)
+                stars[label] = Line2D([], [], marker="*", ls="none", color=EXACT, ms=10, mfc=face or EXACT, label=label)
         slope = width_transfer(group.table).slope
         title(ax, group.label, "" if slope is None else f"exponent of best η over N: {slope_text(slope)}")
     loss_axis(axes, np.concatenate(drawn))
-    star = Line2D(
-        [], [], marker="*", linestyle="none", color=EXACT, markersize=10, label="best η (hollow: at an end of the η tried)"
-    )
-    finish(fig, axes, LABELS["eta"], f"final {loss_label(study.table)}", [star])
+    finish(fig, axes, LABELS["eta"], f"final {loss_label(study.table)}", list(stars.values()))
     return fig
 
 
-def plot_coordinate_check(study: Study) -> Figure | None:
+def plot_coordinate_check(study: Study) -> Figure | str:
     """The root mean square change of each layer's output in training against the width, at the learning rate that is best for
-    all widths together, of those at which none diverged; slopes near 0 are what muP is made for. None for fewer than two
-    widths."""
+    all widths together, of those at which none failed; slopes near 0 are what muP is made for."""
     layers = [str(name) for name in study.table if str(name).startswith("activation_change_")]
     several = [group for group in groups(study.table, "width", "eta", least=1) if group.table["width"].nunique() > 1]
     rates = [_common_rate(group.table) for group in several]
     found = [group._replace(table=group.table[group.table["eta"] == rate])
              for group, rate in zip(several, rates, strict=True) if rate is not None]  # fmt: skip
-    if not found or not any((group.table[layers] > 0).any(axis=None) for group in found):
-        return None
-    chosen = shown(found)
-    fig, axes = panels(
-        "change of each layer's output in training", study.table, len(chosen), len(found), columns_of(chosen), sharey=True
-    )
+    if not several:
+        return too_few(study.table, "width")
+    if not found:
+        return "it takes a learning rate at which fewer than half of the seeds fail, at every width; there is none"
+    if not any((group.table[layers] > 0).any(axis=None) for group in found):
+        return "no layer's output changed"
+    chosen, heading = shown(found), ["change of each layer's output in training"]
+    fig, axes = panels(heading, study.table, len(chosen), len(found), columns_of(chosen), sharey=True)
     drawn: list[float] = []
     for ax, group in zip(axes, chosen, strict=True):
         log_axis(ax, "x", group.table["width"])
         for index, name in enumerate(layers):
-            rows = group.table[(group.table[name] > 0) & group.table["final_loss"].notna()]
+            rows = group.table[(group.table[name] > 0) & group.table["failure"].isna()]
             if rows.empty:
                 continue
             cells = over_seeds(rows, "width", of=name)
@@ -122,62 +109,26 @@ def plot_coordinate_check(study: Study) -> Figure | None:
     return fig
 
 
-def plot_steps_to_target(study: Study) -> Figure | None:
-    """Steps and samples to a target loss, each batch size at the learning rate that needs fewest, with the fitted trade of one
-    for the other, the critical batch size and, where it was measured, the gradient noise scale. None where no three batch
-    sizes of one setting reach a loss.
-
-    The target is the lowest loss that three quarters of the batch sizes reach; of several settings, that of the worst.
-    """
-    target, needed = trades(study)
+def plot_steps_to_target(study: Study) -> Figure | str:
+    """Steps and samples to the target loss, each batch size at the learning rate that needs fewest, with the fitted trade of
+    one for the other, the critical batch size and, where it was measured, the gradient noise scale."""
+    needed = trades(study)
     if not needed:
-        return None
+        goal = "a loss" if study.target_loss is None else f"the target loss, {study.target_loss:.3g}"
+        return f"it takes three batch sizes of one setting that reach {goal} after the first step; no setting has them"
     chosen = evenly(needed, len(COLORS))
-    fig, axes = panels(f"training to a loss of {target:.3g}", study.table, 2, 2, height=3.6 + 0.12 * len(chosen))
+    heading = [f"training to a loss of {study.target_loss:.3g}", some(chosen, needed, "settings")]
+    fig, axes = panels(heading, study.table, 2, 2, height=3.6 + 0.12 * len(chosen))
     for index, trade in enumerate(chosen):
         _trade(axes, trade, color(index))
     for ax in axes:
         log_axis(ax, "x", pd.concat([trade.table["batch_size"] for trade in chosen]))
         ax.set(yscale="log", xlabel=LABELS["batch_size"])
-    hollow = Line2D(
-        [], [], marker="o", linestyle="none", color=EXACT, markerfacecolor="white", label="at an end of the η tried"
-    )
-    finish(fig, axes, LABELS["batch_size"], "steps to the target", [hollow], ncols=1)
+    hollow = Line2D([], [], marker="o", linestyle="none", color=EXACT, mfc="white", label="at an end of the η tried")
+    at_end = any(trade.table["at_end"].any() for trade in chosen)
+    finish(fig, axes, LABELS["batch_size"], "steps to the target", [hollow] if at_end else [], ncols=1)
     axes[1].set_ylabel("samples to the target")
     return fig
-
-
-def trades(study: Study) -> tuple[float, list[Trade]]:
-    """The target loss of `plot_steps_to_target`, and what it takes in each setting in which three batch sizes reach it."""
-    found = groups(study.table, "batch_size", "eta", least=1)
-    best = [group.table.groupby(["batch_size", "seed"])["final_loss"].min().groupby("batch_size").median() for group in found]
-    known = [of.dropna() for of in best if of.notna().sum() >= MIN_SIZES]
-    target = max((float(of.quantile(REACHING, "higher")) for of in known), default=math.nan)
-    needed = []
-    for group in found:
-        table = _fewest(group.table, study.curves, target)
-        if table["batch_size"].nunique() >= MIN_SIZES:
-            fit = critical_batch_size(table["batch_size"].to_numpy(), table["steps"].to_numpy())
-            noise = table["gradient_noise_scale"] if "gradient_noise_scale" in table else pd.Series(dtype=float)
-            noise = noise[np.isfinite(noise) & (noise > 0)]
-            needed.append(Trade(group.label, table, fit, float(noise.median()) if len(noise) else None))
-    return target, needed
-
-
-def _fewest(table: pd.DataFrame, curves: dict[str, Curve], target: float) -> pd.DataFrame:
-    """Of each batch size and seed the trial that needs the fewest `steps`, and whether its learning rate is `at_end`."""
-    rates = table.groupby("batch_size")["eta"]
-    timed = table.assign(at_end=(table["eta"] == rates.transform("min")) | (table["eta"] == rates.transform("max")))
-    # Of trials that are below the target in the end: a noisy curve dips below losses that the trial has not reached.
-    timed = timed[(timed["final_loss"] <= target) & timed["trial_id"].isin(curves)]
-    steps = []
-    for name, num_steps in zip(timed["trial_id"], timed["num_steps"], strict=True):
-        at, losses = curves[name]
-        taken = steps_to_target((at, smooth(at, losses, relative=WINDOW)), target)
-        steps.append(num_steps if taken is None else taken)
-    timed = timed.assign(steps=np.array(steps, np.float64))
-    timed = timed[timed["steps"] > 0]
-    return timed.loc[timed.groupby(["batch_size", "seed"])["steps"].idxmin()]
 
 
 def _trade(axes: list[Axes], trade: Trade, shade: str) -> None:
@@ -195,7 +146,7 @@ def _trade(axes: list[Axes], trade: Trade, shade: str) -> None:
     for ax, unit in zip(axes, (np.ones_like(sizes), sizes), strict=True):
         steps, low, high = (cells[name].to_numpy() * unit for name in ("median", "low", "high"))
         ax.errorbar(sizes, steps, [steps - low, high - steps], fmt="o", color=shade, capsize=2, markersize=5)
-        ax.plot(sizes[at_end], steps[at_end], "o", color=shade, markerfacecolor="white", markersize=5)
+        ax.plot(sizes[at_end], steps[at_end], "o", color=shade, markerfacecolor="white", markersize=5, zorder=3)
         ax.plot([], [], "o-", color=shade, label=", ".join(texts) or "steps")
         if fit is not None:
             x = np.geomspace(sizes[0], sizes[-1], 100)
@@ -207,7 +158,7 @@ def _trade(axes: list[Axes], trade: Trade, shade: str) -> None:
 
 
 def _common_rate(table: pd.DataFrame) -> float | None:
-    """The learning rate of the lowest loss, on geometric average over the widths, of those at which no width diverged."""
+    """The learning rate of the lowest loss, on geometric average over the widths, of those at which no width failed."""
     losses = over_seeds(table, "width", "eta").pivot(index="eta", columns="width", values="median")
     survived = losses[np.isfinite(losses).all(axis=1)]
     if survived.empty:

@@ -27,7 +27,7 @@ PLOTS: dict[str, Callable[[EntropyStudy], Figure | None]] = {
 }
 
 
-#: (study, names) -> PNG files by name: see `draw_chosen`.
+#: (study, names) -> the plots that can be drawn: see `draw_chosen`.
 draw_plots = functools.partial(draw_chosen, PLOTS)
 
 

@@ -12,9 +12,10 @@ from matplotlib.axes import Axes
 
 from lambda_hat.entropy.spec import EntropySpec
 from lambda_hat.entropy.study import EntropyStudy, Measured, PolicyTraining
-from lambda_hat.plots.style import COLORS, EXACT, number
+from lambda_hat.plots.style import COLORS, EXACT
 from lambda_hat.policies.spec import PolicySpec
 from lambda_hat.spec import dotted
+from lambda_hat.text import number
 
 #: Panels of a figure and lines of a panel that can still be told apart; of more, evenly spaced ones are shown.
 MAX_PANELS, MAX_LINES = 9, 6
