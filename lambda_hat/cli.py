@@ -19,7 +19,7 @@ from lambda_hat.manifest import Address, ArtifactError, Manifest, StoreUnavailab
 from lambda_hat.settings import load_settings
 from lambda_hat.spec import InvalidInput, dotted
 from lambda_hat.store import Store
-from lambda_hat.text import with_error
+from lambda_hat.text import verdict_text, with_error
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -220,7 +220,8 @@ def _show(store: Store, options: argparse.Namespace) -> int:
         if kind == "diagnosis":
             found = fields["summary"]
             exact = f", exact {found['true_llc_text']}" if found["true_llc_text"] else ""
-            print(f"  llc {with_error(found['llc'], found['mcse'])}{exact}: {found['verdict']}")
+            verdict = verdict_text(found["verdict"], found["prior_share"])
+            print(f"  llc {with_error(found['llc'], found['mcse'])}{exact}: {verdict}")
         for section in ("spec", "summary", "files"):
             if kind == "diagnosis" and section == "spec":
                 continue  # the run's own, shown above

@@ -28,6 +28,7 @@ from lambda_hat.observables import Measure
 from lambda_hat.remedies import above_any_minimum, bounding_degree, remedies_for
 from lambda_hat.run import RunSpec
 from lambda_hat.target import TRAIN
+from lambda_hat.text import PRIOR_SHARE
 from lambda_hat.trace import Trace
 
 #: Of the steps after burn-in. A few are an integrator's bad luck; from about here on whole regions of the posterior are missed.
@@ -42,8 +43,6 @@ LOW_QUANTILE = 0.10
 NUM_BLOCKS = 20
 #: Of nbeta_sensitivity and of the directions held by localisation: more than half is the prior's.
 OVER_LOCALIZED = 0.5
-#: Of the llc that the prior holds, from which it is said.
-PRIOR_SHARE = 0.1
 #: Vehtari et al. 2021. They ask for an ESS of at least 400 with it, where this is about R-hat's mean among chains that agree.
 MAX_RHAT = 1.01
 #: With fewer effective draws R-hat is above that by chance, so it must also be beyond this quantile among chains that agree.
@@ -209,11 +208,6 @@ def diagnose(spec: RunSpec, trace: Trace, target_metrics: Mapping[str, Any]) -> 
     findings = tuple(Finding(verdict=name, remedy=remedy) for name, remedy in remedies.items() if name in verdicts)
     found = {**dict(findings[0]), "findings": findings} if findings else {}
     return numbers.model_copy(update={**found, "notes": _notes(spec, numbers)})
-
-
-def verdict_text(verdict: str, prior_share: float | None) -> str:
-    """The verdict, with how much of the llc the prior holds where that is more than a tenth."""
-    return verdict if prior_share is None or prior_share <= PRIOR_SHARE else f"{verdict}, prior {prior_share:.0%}"
 
 
 def _notes(spec: RunSpec, numbers: Diagnosis) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 #: What every results table shows; between them come the fields in which runs of a family or a kind differ.
 FIRST = ("id", "spec.target.family", "spec.sampler.kind")
-LAST = ("llc", "mcse", "true_llc", "ess_bulk", "rhat", "fge", "seconds", "verdict")
+LAST = ("llc", "mcse", "true_llc", "ess_bulk", "rhat", "fge", "seconds", "prior_share", "verdict")
 
 
 def results(store: Store, where: Sequence[str] = (), sweep: str | None = None) -> pd.DataFrame:

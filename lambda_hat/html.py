@@ -13,11 +13,11 @@ from typing import Any
 import jinja2
 
 from lambda_hat import __version__
-from lambda_hat.diagnostics import Diagnosis, Finding, verdict_text
+from lambda_hat.diagnostics import Diagnosis, Finding
 from lambda_hat.manifest import DIAGNOSIS_VERSION
 from lambda_hat.run import RunSpec
 from lambda_hat.spec import ALGORITHM_VERSION, dotted
-from lambda_hat.text import with_error
+from lambda_hat.text import verdict_text, with_error
 
 #: Verdicts after which the number is no estimate; the others are warnings.
 WRONG = ("diverged", "nan chains", "temperature jumped", "negative llc", "llc above", "loss below w*", "poor approximation")

@@ -7,11 +7,10 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lambda_hat.artifacts import sweep_id
-from lambda_hat.diagnostics import verdict_text
 from lambda_hat.manifest import run_address, sweep_address, target_address
 from lambda_hat.run import RunSpec, labels
 from lambda_hat.store import Store
-from lambda_hat.text import with_error
+from lambda_hat.text import verdict_text, with_error
 
 
 def row(

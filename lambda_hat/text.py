@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+#: Of an llc that the prior holds, from which it is said.
+PRIOR_SHARE = 0.1
+
 
 def with_error(value: float | None, error: float | None) -> str:
     """Value and error to the error's second digit; "-" for no value."""
@@ -15,6 +18,11 @@ def with_error(value: float | None, error: float | None) -> str:
         return f"{value:.4g}"
     places = max(0, 1 - int(f"{error:e}".split("e")[1]))
     return f"{value:.{places}f} ± {error:.{places}f}"
+
+
+def verdict_text(verdict: str, prior_share: float | None) -> str:
+    """The verdict on a run, with how much of its llc the prior holds where that is worth saying."""
+    return verdict if prior_share is None or prior_share <= PRIOR_SHARE else f"{verdict}, prior {prior_share:.0%}"
 
 
 def shortened(value: object, most: int = 80) -> str:

@@ -179,7 +179,7 @@ def test_results_table(run, store):
     header, *lines = (line.split() for line in run("results").out.splitlines())
     # The fields in which runs of a family, or of a kind, differ: not those that kinds have of their own.
     differing = ["posterior.nbeta", "step_size"]
-    results = ["llc", "mcse", "true_llc", "ess_bulk", "rhat", "fge", "seconds", "verdict"]
+    results = ["llc", "mcse", "true_llc", "ess_bulk", "rhat", "fge", "seconds", "prior_share", "verdict"]
     assert header == ["id", "family", "kind", *differing, *results]
     frame = expected_results(store)
     assert len(lines) == len(frame)

@@ -167,7 +167,7 @@ def test_severities():
     assert severity("ok") == "good"
     assert {severity(verdict) for verdict in WRONG} == {"bad"}
     assert severity("too few draws") == "doubtful"
-    assert set(WRONG) <= CASES.keys()
+    assert all(any(verdict.startswith(begin) for verdict in CASES) for begin in WRONG)
 
 
 def test_the_same_content_gives_the_same_page(runs, html):

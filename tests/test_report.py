@@ -132,16 +132,21 @@ def test_text_table():
         row("cached", llc=-1234.5, mcse=20.0, true_llc=None, fge=98.0, seconds=1234.0, verdict="too few", remedy="draw more"),
         row("cached", verdict="too few", remedy="draw more"),
         report.row(("a long name", "sgld"), run(BOWL, SgldSpec()), "failed", None, "it diverged"),
+        row(prior_share=0.1849, notes=("the prior holds 18% of the llc",)),
+        row(prior_share=0.09),
     ]
     assert report.text_table(rows) == (
         "target       sampler           llc  exact  ESS  R-hat      FGE  seconds  status    verdict\n"
-        "──────────────────────────────────────────────────────────────────────────────────────────\n"
+        "────────────────────────────────────────────────────────────────────────────────────────────────────\n"
         "quadratic    hmc      12.34 ± 0.56   13.5  121  1.003  122,880      3.2  computed  ok\n"
         "quadratic    hmc        -1234 ± 20      -  121  1.003       98   1234.0  cached    too few\n"
         "quadratic    hmc      12.34 ± 0.56   13.5  121  1.003  122,880      3.2  cached    too few\n"
         "a long name  sgld                -      -    -      -        -        -  failed    failed\n"
+        "quadratic    hmc      12.34 ± 0.56   13.5  121  1.003  122,880      3.2  computed  ok, prior 18%\n"
+        "quadratic    hmc      12.34 ± 0.56   13.5  121  1.003  122,880      3.2  computed  ok\n"
         "too few (2): draw more\n"
-        "failed (1): it diverged"
+        "failed (1): it diverged\n"
+        "note (1): the prior holds 18% of the llc"
     )
 
 
