@@ -137,7 +137,7 @@ def test_text_table():
     ]
     assert report.text_table(rows) == (
         "target       sampler           llc  exact  ESS  R-hat      FGE  seconds  status    verdict\n"
-        "────────────────────────────────────────────────────────────────────────────────────────────────────\n"
+        "──────────────────────────────────────────────────────────────────────────────────────────\n"
         "quadratic    hmc      12.34 ± 0.56   13.5  121  1.003  122,880      3.2  computed  ok\n"
         "quadratic    hmc        -1234 ± 20      -  121  1.003       98   1234.0  cached    too few\n"
         "quadratic    hmc      12.34 ± 0.56   13.5  121  1.003  122,880      3.2  cached    too few\n"
