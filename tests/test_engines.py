@@ -149,7 +149,7 @@ def _unavailable(cause: Exception) -> StoreUnavailable:
         (FileNotFoundError(), False),
         (TaskRunTimeoutError(), False),
         (ArtifactError(), False),
-        (InvalidInput(), False),
+        (InvalidInput("a rule"), False),
         (Interrupted(), False),
         (FloatingPointError(), False),
         (TypeError(), False),

@@ -85,7 +85,7 @@ def test_malformed(text, words):
     with pytest.raises(InvalidInput) as error:
         parse(text)
     assert words in str(error.value)
-    assert repr(text) in str(error.value)
+    assert (repr(text) if len(text) <= 160 else repr(text)[:121]) in str(error.value)
 
 
 def test_key_once_in_a_sweep():
