@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from typing import Any
 from prefect import flow
 from prefect.logging import get_run_logger
 
+from flows.ends import NOT_KEPT, Stop
 from flows.orchestration import Command, RunsFailed, command_line, parser
 from flows.runs import compute, run_each, show
 from flows.tasks import Place, begin, measure, train
@@ -119,13 +120,16 @@ def main() -> int:
     if given.no_save and given.store:
         options.error("--no-save keeps nothing, in no store; got --store: leave one out")
     arguments = (given.experiment, given.overrides)
-    with tempfile.TemporaryDirectory() if given.no_save else contextlib.nullcontext(given.store) as given.store:
-        command = Command(
-            batch_size, plan=lambda settings, _store, _: make_study(settings, *arguments), listing=describe,
-            name=lambda study: f"{study.name}: {len(study.trials)} trials", preview=preview, arguments=lambda _: arguments,
-            show=lambda _, result, __: text(result | {"files": {}} if given.no_save else result),
-        )  # fmt: skip
-        return command_line(command, given)
+    command = Command(
+        batch_size, plan=lambda settings, _store, _: make_study(settings, *arguments), listing=describe,
+        name=lambda study: f"{study.name}: {len(study.trials)} trials", preview=preview, arguments=lambda _: arguments,
+        show=lambda _, result, __: text(result | {"files": {}}, kept=False) if given.no_save else text(result),
+    )  # fmt: skip
+    if not given.no_save:
+        return command_line(command, given, Stop())
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as given.store:
+        # Of a process that is stopped nobody else removes the folder.
+        return command_line(command, given, Stop(NOT_KEPT, functools.partial(shutil.rmtree, given.store, ignore_errors=True)))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 from prefect import flow
 from prefect.logging import get_run_logger
 
+from flows.ends import Stop
 from flows.orchestration import Command, RunsFailed, command_line, parser
 from flows.runs import compute, run_each, show
 from flows.tasks import Place, begin, measure_update, train_policy
@@ -108,7 +109,7 @@ def main() -> int:
         name=lambda study: f"{study.name}: {len(study.specs)} updates", preview=preview, arguments=lambda _: arguments,
         show=lambda _, result, __: text(result),
     )  # fmt: skip
-    return command_line(command, given)
+    return command_line(command, given, Stop())
 
 
 if __name__ == "__main__":

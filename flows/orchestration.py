@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import base64
 import json
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +13,8 @@ from prefect import Flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.states import State
 
-from flows.progress import STOPPED, on_interrupt
+from flows.ends import Stop
+from flows.server import tie_server
 from flows.tasks import open_place
 from lambda_hat.manifest import (
     Address,
@@ -88,39 +88,37 @@ class Command(NamedTuple):
     show: Callable[[Any, Any, Store], str]
 
 
-def command_line(command: Command, options: Any) -> int:
-    """Runs a flow from the command line; returns the exit status: 0, 1 where runs failed, 2 for wrong input or no store."""
+def command_line(command: Command, options: Any, stop: Stop) -> int:
+    """Runs a flow from the command line; returns the exit status: 0, 1 where runs failed, 2 for wrong input or no store, 130 or
+    143 where it was stopped."""
     try:
-        settings, store = open_place({"store_uri": options.store, "settings_file": options.settings})
-        if options.list:
-            print(command.listing(settings))
-            return 0
-        asked = command.plan(settings, store, options)
-        if options.dry_run:
-            print(command.preview(asked, store))
-            return 0
+        with stop:
+            return _run(command, options)
     except (InvalidInput, ArtifactError, StoreUnavailable) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        stop.say()
+        return 128 + stop.signum
+
+
+def _run(command: Command, options: Any) -> int:
+    settings, store = open_place({"store_uri": options.store, "settings_file": options.settings})
+    if options.list:
+        print(command.listing(settings))
+        return 0
+    asked = command.plan(settings, store, options)
+    if options.dry_run:
+        print(command.preview(asked, store))
+        return 0
+    tie_server()
+    given = (*command.arguments(options), options.store, options.settings)
+    flow = command.flow.with_options(flow_run_name=command.name(asked))
     code = 0
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_interrupt)
     try:
-        given = (*command.arguments(options), options.store, options.settings)
-        flow = command.flow.with_options(flow_run_name=command.name(asked))
         result: Any = flow(*("" if value is None else value for value in given))
     except RunsFailed as error:
         result, code = error.result, 1
-    except (
-        InvalidInput,
-        ArtifactError,
-        StoreUnavailable,
-    ) as error:  # an engine that does not start, a platform that is not here
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(STOPPED, file=sys.stderr)
-        return 130
     print(json.dumps(result, indent=1) if options.json else f"\n{command.show(asked, result, store)}")
     return code
 

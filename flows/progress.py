@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from contextlib import suppress
 from typing import Any
@@ -14,12 +12,11 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.context import TaskRunContext
 from prefect.logging import get_run_logger
-from prefect.settings import get_current_settings
 
+from flows.ends import Stop
 from lambda_hat.chunks import Progress
 from lambda_hat.settings import Settings
 
-STOPPED = "Stopped; the same command goes on from here."
 ENDED = "The flow run was cancelled or has ended; run again with the same parameters, it goes on from here."
 
 #: Seconds between two requests to the server about one task.
@@ -31,18 +28,6 @@ class Interrupted(Exception):
 
 
 _ended: set[UUID] = set()  # flow runs
-
-
-def on_interrupt(signum: int, frame: Any) -> None:
-    """For SIGINT, and for SIGTERM once the flow run has ended by it: everything ends, the embedded server too."""
-    if get_current_settings().api.url is None:
-        # The same Ctrl-C has ended the embedded server, and Prefect would try for minutes to send it its last events.
-        # Nothing is lost: artifacts are published whole, and sampling has a recent checkpoint.
-        print(STOPPED, file=sys.stderr, flush=True)
-        if server := sys.modules.get("prefect.server.api.server"):  # else none has been started, and importing it takes long
-            server.SubprocessASGIServer().stop()
-        os._exit(128 + signum)
-    raise KeyboardInterrupt
 
 
 def stop_tasks(flow_run_id: UUID) -> None:
@@ -79,7 +64,7 @@ class _Shown:
     def check(self) -> None:
         """Raises Interrupted if this flow run is known to have ended."""
         if self.task_run and self.task_run.flow_run_id in _ended:
-            raise Interrupted(ENDED)
+            raise Interrupted(Stop.current.sentence if Stop.current else ENDED)
 
 
 def log_progress(settings: Settings) -> Progress:

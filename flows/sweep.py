@@ -9,6 +9,7 @@ from typing import Any
 
 from prefect import flow
 
+from flows.ends import Stop
 from flows.orchestration import Command, RunsFailed, command_line, parser, publish_to_ui
 from flows.runs import compute, show
 from flows.tasks import Place, begin
@@ -108,7 +109,7 @@ def main() -> int:
         name=lambda specs: f"{len(specs)} runs of {len({spec.target_id for spec in specs})} targets", preview=report.plan_table,
         arguments=lambda _: arguments, show=_shown,
     )  # fmt: skip
-    return command_line(command, given)
+    return command_line(command, given, Stop())
 
 
 def _shown(specs: list[RunSpec], rows: list[dict[str, Any]], store: Store) -> str:

@@ -15,6 +15,7 @@ from prefect.states import State
 from prefect.task_engine import TaskRunTimeoutError
 from prefect.tasks import exponential_backoff
 
+from flows.ends import Stop
 from flows.progress import log_progress
 from lambda_hat import artifacts
 from lambda_hat.batch_size import artifacts as studies
@@ -41,6 +42,8 @@ def open_place(place: Place) -> tuple[Settings, Store]:
 
 def begin(store_uri: str, settings_file: str) -> tuple[Settings, Store, Place]:
     """The settings and the store that a flow's parameters name, and their place for its tasks, in whatever folder they run."""
+    if Stop.current is not None:
+        Stop.current.listen()
     settings, store = open_place({"store_uri": store_uri or None, "settings_file": settings_file or None})
     configure(settings.runtime, computes=settings.runtime.engine == "threads")
     file = str(Path(settings_file).absolute()) if settings_file else None

@@ -94,10 +94,11 @@ def plot_places(specs: Sequence[RunSpec], store: Store) -> str:
 _RIGHT = {"llc", "exact", "ESS", "R-hat", "FGE", "seconds"}
 
 
-def what_failed(counts: Mapping[str, int]) -> str:
-    """What failed of a study, in a sentence: how many of what."""
+def what_failed(counts: Mapping[str, int], kept: bool = True) -> str:
+    """What failed of a study, in a sentence: how many of what. kept: whether the rest is."""
     failed = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
-    return f"{failed} failed; the others are finished and kept, and the same command tries again what failed."
+    rest = "finished and kept, and the same command tries again what failed." if kept else "finished; --no-save keeps nothing."
+    return f"{failed} failed; the others are {rest}"
 
 
 def files_of(files: Mapping[str, str]) -> list[str]:

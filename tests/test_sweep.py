@@ -24,8 +24,9 @@ from prefect.settings import (
 
 from flows import sweep as flow
 from flows import tasks as steps_alone
+from flows.ends import STOPPED
 from flows.orchestration import RunsFailed
-from flows.progress import STOPPED, Interrupted
+from flows.progress import Interrupted
 from flows.tasks import artifact_task
 from lambda_hat import artifacts, report
 from lambda_hat.arrays import unpack_arrays

@@ -73,20 +73,20 @@ def summary(study: Study) -> dict[str, Any]:
     return {"failures": failures(table), "best": rows}
 
 
-def incomplete(result: Mapping[str, Any]) -> str:
-    """What could not be computed, in a sentence. A trial that was trained and failed is a result."""
-    return what_failed(
-        {
-            f"of {result['num_trials']} trainings": result["num_untrained"],
-            "measurements of trained networks": result["runs_failed"],
-        }
-    )
+def incomplete(result: Mapping[str, Any], kept: bool = True) -> str:
+    """What could not be computed, in a sentence. A trial that was trained and failed is a result. kept: whether the rest is."""
+    counts = {
+        f"of {result['num_trials']} trainings": result["num_untrained"],
+        "measurements of trained networks": result["runs_failed"],
+    }
+    return what_failed(counts, kept)
 
 
-def text(result: Mapping[str, Any]) -> str:
-    """The result of the flow for a terminal: the best trials, what could not be computed and why, and where the files are."""
+def text(result: Mapping[str, Any], kept: bool = True) -> str:
+    """The result of the flow for a terminal: the best trials, what could not be computed and why, and where the files are.
+    kept: whether it is in a store that stays."""
     lines = [aligned(result["best"], RIGHT)] if "best" in result else []
-    lines += [incomplete(result)] if result["num_untrained"] or result["runs_failed"] else []
+    lines += [incomplete(result, kept)] if result["num_untrained"] or result["runs_failed"] else []
     lines += [f"  {error}" for error in result["errors"]]
     if "best" in result:
         counts = f"{result['num_trials'] - result['num_untrained']} trials, {failed_text(result['failures'])}"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from programs import CHECKOUT, environment, wait_for
 
-from flows.progress import STOPPED
+from flows.ends import STOPPED
 from lambda_hat.manifest import Address, Manifest
 from lambda_hat.store import Store
 
@@ -28,6 +28,14 @@ def processes(group: int) -> dict[int, str]:
     return found
 
 
+def gone(group: int, seconds: float = 5) -> dict[int, str]:
+    """The processes of a group that are left when all have had time to end: what none should be."""
+    deadline = time.monotonic() + seconds
+    while (left := processes(group)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return left
+
+
 class Place:
     """One store, and the program that fills it; `python flows/sweep.py` in a process group of its own."""
 
@@ -37,20 +45,16 @@ class Place:
         self.environment = environment(folder)
         self.count = 0
 
-    @contextlib.contextmanager
-    def sweep(self) -> Iterator[tuple[subprocess.Popen, Path]]:
+    def sweep(self) -> contextlib.AbstractContextManager[tuple[subprocess.Popen, Path]]:
         """The running program and its log; at the end it and all it started are gone."""
+        return self.program("flows/sweep.py", "--json", "--settings", str(self.settings), "--store", self.store.uri)
+
+    @contextlib.contextmanager
+    def program(self, *arguments: str) -> Iterator[tuple[subprocess.Popen, Path]]:
+        """The same of any program of the checkout."""
         self.count += 1
         log = self.logs / f"{self.name}-{self.count}.log"
-        command = [
-            sys.executable,
-            "flows/sweep.py",
-            "--json",
-            "--settings",
-            str(self.settings),
-            "--store",
-            self.store.uri,
-        ]
+        command = [sys.executable, *arguments]
         with log.open("wb") as stderr, log.with_suffix(".json").open("wb") as stdout:
             process = subprocess.Popen(
                 command, cwd=CHECKOUT, env=self.environment, stdout=stdout, stderr=stderr, start_new_session=True
@@ -61,10 +65,7 @@ class Place:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait(timeout=30)
-            deadline = time.monotonic() + 30
-            while (left := processes(process.pid)) and time.monotonic() < deadline:
-                time.sleep(0.01)
-            assert left == {}
+            assert gone(process.pid, 30) == {}
 
     def finish(self) -> tuple[list[dict], str]:
         """Runs the program to its end: rows and log. It takes its server with it."""
@@ -77,12 +78,12 @@ class Place:
         """Starts the program and signals it, and its server, as soon as the condition holds; returns its log."""
         with self.sweep() as (process, log):
             wait_for(condition, process, log)
-            assert any("uvicorn" in command for command in processes(process.pid).values())
+            assert any("flows.server" in command for command in processes(process.pid).values())
             os.killpg(process.pid, how)
             status = process.wait(timeout=30)
             if how == signal.SIGINT:  # as Ctrl-C in a terminal
                 assert status == 130
-                assert processes(process.pid) == {}
+                assert gone(process.pid) == {}
                 assert STOPPED in log.read_text()
             else:
                 assert status == -how

@@ -1,14 +1,18 @@
 """A sweep killed with SIGKILL, its server with it, again and again, ends with the numbers of one that was never disturbed."""
 
+import contextlib
+import json
 import re
 import signal
+import urllib.request
 from pathlib import Path
 
 import pytest
-from places import Place, made, processes
+from places import Place, gone, made, processes
 from programs import NUMBERS, wait_for
+from sweeps import prefect_server
 
-from flows.progress import STOPPED
+from flows.ends import NOT_KEPT, STOPPED
 from lambda_hat import artifacts, report
 from lambda_hat.cli import main
 from lambda_hat.manifest import Address, diagnosis_address, run_address
@@ -133,16 +137,95 @@ def test_killed_sweeps_end_as_undisturbed_ones(tmp_path, capsys):
     assert capsys.readouterr().out.startswith(f"{total} artifacts checked, 0 damaged")
 
 
-def test_sigterm_ends_a_sweep_and_its_server(tmp_path):
-    """As systemd, Slurm or `docker stop` send it, to the sweep's own process alone."""
-    settings = tmp_path / "settings.toml"
-    settings.write_text(SETTINGS.format(folder=tmp_path).replace("num_draws = 6000", "num_draws = 10000000"))
-    place = Place(tmp_path, "terminated", settings)
-    with place.sweep() as (process, log):
-        wait_for(lambda: place.has(CHECKPOINTS), process, log)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 128 + signal.SIGTERM
-        assert processes(process.pid) == {}
+#: Programs that would work for hours, and what they do when they are stopped.
+SWEEP = ("flows/sweep.py", "target=quadratic", "sampler=sgld", "sampler.num_draws=10000000")
+STUDY = ("flows/batch_size.py", "batch_size=64", "eta=1", "richness=1", "seed=0", "num_steps=10000000")
+UPDATES = ("flows/entropy.py", "target.checkpoint=0", "target.rl.num_steps=100000")
+PROGRAMS = {
+    "sweep": (SWEEP, {}),
+    "sweep in processes": (SWEEP, {"LAMBDA_HAT_RUNTIME__ENGINE": "processes"}),
+    "batch_size": (STUDY, {}),
+    "entropy": (UPDATES, {}),
+}
+
+
+@pytest.fixture
+def at_work(tmp_path):
+    """A program of a command, once it computes."""
+
+    @contextlib.contextmanager
+    def start(*command: str, **variables: str):
+        place = Place(tmp_path, "stopped", tmp_path / "unused.toml")
+        place.environment |= {
+            "LAMBDA_HAT_RUNTIME__PROGRESS_SECONDS": "1e-9",
+            "LAMBDA_HAT_RUNTIME__PLATFORM": "cpu",
+            **variables,
+        }
+        with place.program(*command) as (process, log):
+            wait_for(lambda: "░ " in log.read_text(), process, log)
+            yield process, log
+
+    return start
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_kill_9_leaves_no_process(at_work, tmp_path, name):
+    """Of the command's own process alone, as the kernel does where memory is short: its server and its workers end."""
+    command, variables = PROGRAMS[name]
+    with at_work(*command, "--store", str(tmp_path / "store"), **variables) as (process, _):
+        assert any("flows.server" in command for command in processes(process.pid).values())
+        process.kill()
+        process.wait()
+        assert gone(process.pid, 10) == {}
+
+
+def test_kill_9_while_the_server_starts(tmp_path):
+    place = Place(tmp_path, "starting", tmp_path / "unused.toml")
+    with place.program(*SWEEP, "--store", str(tmp_path / "store")) as (process, log):
+        wait_for(lambda: any("flows.server" in command for command in processes(process.pid).values()), process, log)
+        process.kill()
+        process.wait()
+        assert gone(process.pid, 10) == {}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_sigterm_ends_a_command_and_its_server(at_work, tmp_path, name):
+    """As systemd, Slurm or `docker stop` send it, to the command's own process alone."""
+    command, variables = PROGRAMS[name]
+    with at_work(*command, "--store", str(tmp_path / "store"), **variables) as (process, log):
+        process.terminate()
+        assert process.wait(timeout=10) == 128 + signal.SIGTERM
+        assert gone(process.pid) == {}
     assert log.read_text().count(STOPPED) == 1
-    place.published()
-    assert place.has(CHECKPOINTS)
+    assert "Traceback" not in log.read_text()
+
+
+def test_sigterm_with_a_standing_server(at_work, tmp_path):
+    """Which the flow run tells that it has ended."""
+    with (
+        prefect_server(tmp_path) as url,
+        at_work(*SWEEP, "--store", str(tmp_path / "store"), PREFECT_API_URL=url) as (
+            process,
+            log,
+        ),
+    ):
+        process.terminate()
+        assert process.wait(timeout=10) == 128 + signal.SIGTERM
+        assert log.read_text().splitlines().count(STOPPED) == 1
+        with urllib.request.urlopen(
+            urllib.request.Request(f"{url}/flow_runs/filter", b"{}", {"Content-Type": "application/json"}), timeout=10
+        ) as answer:
+            assert [run["state_type"] for run in json.load(answer)] == ["CRASHED"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_that_keeps_nothing_says_so(at_work, tmp_path, number):
+    (tmp_path / "temporary").mkdir()
+    with at_work(*STUDY, "--no-save", TMPDIR=str(tmp_path / "temporary")) as (process, log):
+        assert list((tmp_path / "temporary").iterdir())
+        process.send_signal(number)
+        assert process.wait(timeout=10) == 128 + number
+        assert gone(process.pid) == {}
+    assert log.read_text().count(NOT_KEPT) == 1
+    assert STOPPED not in log.read_text()
+    assert list((tmp_path / "temporary").iterdir()) == []
