@@ -20,10 +20,10 @@ from lambda_hat.diagnostics import Diagnosis, diagnose
 from lambda_hat.llc import to_arviz
 from lambda_hat.plan import CLASSES
 from lambda_hat.plots import RUN_PLOTS, TARGET_PLOTS
-from lambda_hat.posterior import num_selected, select
 from lambda_hat.run import RunSpec, batches
 from lambda_hat.samplers import SamplerSpec
 from lambda_hat.sampling import Run, lane_width, sample_runs
+from lambda_hat.selection import num_selected, select
 from lambda_hat.settings import explain, nearest
 from lambda_hat.spec import InvalidInput
 from lambda_hat.target import OBSERVABLE_SIZE, TRAIN, DataSpec, TargetSpec, mean_loss_float64

@@ -29,9 +29,10 @@ from lambda_hat.manifest import (
     target_address,
 )
 from lambda_hat.plan import spec_from_json
-from lambda_hat.posterior import PosteriorSpec, num_selected, select
+from lambda_hat.posterior import PosteriorSpec
 from lambda_hat.run import RunSpec, labels
 from lambda_hat.sampling import Run, lane_width, sample_runs
+from lambda_hat.selection import num_selected, select
 from lambda_hat.spec import InvalidInput, content_id
 from lambda_hat.store import Store
 from lambda_hat.target import Dataset, Params, Target, TargetSpec, Unfinished, mean_loss_float64, metrics_at

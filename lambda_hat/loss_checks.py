@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lambda_hat import posterior
-from lambda_hat.posterior import compiled_losses, euclidean_centre, params_gradient
+from lambda_hat import full_data
+from lambda_hat.full_data import compiled_losses, euclidean_centre, params_gradient
 from lambda_hat.spec import InvalidInput
 from lambda_hat.target import Dataset, Objective, chunk_size
 from lambda_hat.text import listed
@@ -85,7 +85,7 @@ def check_independence(
         )  # fmt: skip
         return
     weights = np.asarray(dataset.samples.get(WEIGHT, np.ones(n)), np.float64)
-    whole = chunk_size(n, posterior.CHUNK_SAMPLES)
+    whole = chunk_size(n, full_data.CHUNK_SAMPLES)
     for parts in (batches, np.arange(n // whole * whole).reshape(-1, whole)):
         parts = parts[weights[parts].sum(axis=1) > 0]
         _refuse_beyond(
@@ -128,8 +128,8 @@ def loss_degree(objective: Objective, star: Star, dataset: Dataset, losses: np.n
       losses: of the samples at w*, (n,).
     """
     n = len(losses)
-    if n > posterior.CHUNK_SAMPLES:
-        dataset = dataset.spread(posterior.CHUNK_SAMPLES)
+    if n > full_data.CHUNK_SAMPLES:
+        dataset = dataset.spread(full_data.CHUNK_SAMPLES)
         losses = np.asarray(compiled_losses(objective, star, dataset))
     rng = np.random.default_rng(1)
     directions = [{name: _moved(array, rng) - array for name, array in star.items()} for _ in range(NUM_DIRECTIONS)]

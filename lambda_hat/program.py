@@ -12,15 +12,10 @@ import numpy as np
 
 from lambda_hat import random
 from lambda_hat.chunks import Compiled
-from lambda_hat.posterior import (
-    Centre,
-    Posterior,
-    Selection,
-    full_difference,
-    make_posterior,
-    num_selected,
-)
+from lambda_hat.full_data import Centre, full_difference
+from lambda_hat.posterior import Posterior, make_posterior
 from lambda_hat.samplers import Info, SamplerSpec
+from lambda_hat.selection import Selection, num_selected
 from lambda_hat.target import Dataset, Objective
 from lambda_hat.trace import NUM_COORDINATES
 

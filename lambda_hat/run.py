@@ -9,7 +9,8 @@ from typing import Any, Self
 
 from pydantic import model_validator
 
-from lambda_hat.posterior import Metric, PosteriorSpec
+from lambda_hat.metric import Metric
+from lambda_hat.posterior import PosteriorSpec
 from lambda_hat.samplers import AnySamplerSpec
 from lambda_hat.spec import Spec, content_id, dotted
 from lambda_hat.target import TRAIN

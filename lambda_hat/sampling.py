@@ -13,9 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lambda_hat.chunks import Pace, Progress, compile_clock, no_progress, num_cores, run_in_chunks
-from lambda_hat.posterior import Metric, PosteriorSpec, compiled_losses, make_centre, select
+from lambda_hat.full_data import compiled_losses
+from lambda_hat.metric import Metric
+from lambda_hat.posterior import PosteriorSpec, make_centre
 from lambda_hat.program import Inputs, Lanes, make_program
 from lambda_hat.samplers import SamplerSpec
+from lambda_hat.selection import select
 from lambda_hat.spec import InvalidInput
 from lambda_hat.target import OBSERVABLE_SIZE, TRAIN, Dataset, Objective, Params
 from lambda_hat.trace import FIELDS, NUM_COORDINATES, Checkpoint, Trace, join

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lambda_hat.posterior import tensor_name
+from lambda_hat.selection import tensor_name
 from lambda_hat.spec import InvalidInput
 from lambda_hat.text import listed
 

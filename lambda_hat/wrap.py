@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lambda_hat.full_data import compiled_losses, fewest_copies
 from lambda_hat.loss_checks import check_gradient, check_independence, check_losses, loss_degree
-from lambda_hat.posterior import compiled_losses, fewest_copies
 from lambda_hat.spec import InvalidInput
 from lambda_hat.target import Dataset, Objective, Params
 from lambda_hat.text import listed

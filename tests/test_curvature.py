@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from lambda_hat import posterior
+from lambda_hat import full_data
 from lambda_hat.batch_size import curvature as module
 from lambda_hat.batch_size.curvature import curvature, hessian_trace, hvp, spectral_density, top_eigenvalues
 from lambda_hat.spec import InvalidInput
@@ -73,7 +73,7 @@ def dense():
 
 @pytest.mark.parametrize("size", [50, 4096])
 def test_products_by_finite_differences_and_dense(size, monkeypatch):
-    monkeypatch.setattr(posterior, "CHUNK_SAMPLES", size)
+    monkeypatch.setattr(full_data, "CHUNK_SAMPLES", size)
     target = network()
     flat, loss = mean_loss_of(target)
     vector = np.random.default_rng(0).standard_normal(flat.size)

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 # From the foundation up. A folder stands for all files in it, which may import one another's bases.
 ROOMS = [
     "spec", "text", "overrides", "settings", "arrays", "manifest", "storage", "store", "chunks", "random",
-    "theory", "target", "data", "networks", "training", "trials", "policies", "posterior", "user_arrays", "loss_checks", "wrap",
+    "theory", "target", "data", "networks", "training", "trials", "policies",
+    "selection", "full_data", "metric", "posterior", "user_arrays", "loss_checks", "wrap",
     "targets", "samplers",
     "run", "plan", "trace", "program", "sampling", "llc", "observables", "remedies", "diagnostics", "plots",
     "api", "html", "artifacts", "gallery", "report", "study_views", "batch_size", "entropy", "runtime", "cli",

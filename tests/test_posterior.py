@@ -8,20 +8,11 @@ import numpy as np
 import pytest
 from test_samplers import quadratic
 
-from lambda_hat import posterior as posterior_module
-from lambda_hat.posterior import (
-    PosteriorSpec,
-    euclidean_centre,
-    full_difference,
-    make_centre,
-    make_posterior,
-    num_selected,
-    per_sample_losses,
-    relative_scales,
-    select,
-    tensor_names,
-    to_params,
-)
+from lambda_hat import full_data, metric
+from lambda_hat.full_data import euclidean_centre, full_difference, per_sample_losses
+from lambda_hat.metric import relative_scales
+from lambda_hat.posterior import PosteriorSpec, make_centre, make_posterior
+from lambda_hat.selection import num_selected, select, tensor_names, to_params
 from lambda_hat.spec import InvalidInput
 from lambda_hat.target import Dataset, Objective
 
@@ -101,7 +92,7 @@ def cosh_problem(n=103):
 def test_chunks_change_nothing(size, monkeypatch):
     params, dataset = cosh_problem()
     expected = _cosh_loss(params, dataset)
-    monkeypatch.setattr(posterior_module, "CHUNK_SAMPLES", size)
+    monkeypatch.setattr(full_data, "CHUNK_SAMPLES", size)
     np.testing.assert_allclose(per_sample_losses(COSH, params, dataset), expected, rtol=1e-12)
     selection = select(params, ["*"])
     centre = make_centre(COSH, params, dataset, "euclidean", selection, False)
@@ -191,7 +182,7 @@ def test_relative_scales_by_hand(monkeypatch):
     params, dataset = relu_problem()
     dead = {"alive": params["w2"], "dead": np.full(3, 0.2), "zero": np.zeros(2)}
     alive_only = Objective(lambda p, d: jnp.square(d.samples["x"][:, :1] @ p["alive"][None, :1] - 1.0)[:, 0])
-    monkeypatch.setattr(posterior_module, "IDENTIFIED", 0.0)
+    monkeypatch.setattr(metric, "IDENTIFIED", 0.0)
     scales = relative_scales(alive_only, euclidean_centre(alive_only, dead, dataset))
     np.testing.assert_allclose(scales, [np.sqrt(np.mean(params["w2"] ** 2)), 0.2, 1.0], rtol=1e-12)
 

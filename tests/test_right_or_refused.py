@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 import lambda_hat as lh
+from lambda_hat.full_data import compiled_losses, euclidean_centre
 from lambda_hat.loss_checks import loss_degree
-from lambda_hat.posterior import compiled_losses, euclidean_centre, relative_scales
+from lambda_hat.metric import relative_scales
 from lambda_hat.spec import InvalidInput
 from lambda_hat.target import Dataset, Objective, mean_loss_float64
 from lambda_hat.theory import quadratic_llc

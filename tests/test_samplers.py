@@ -13,11 +13,12 @@ import pytest
 from pydantic import ValidationError
 
 from lambda_hat.chunks import compile_clock
-from lambda_hat.posterior import Posterior, PosteriorSpec, make_centre, make_posterior, select
+from lambda_hat.posterior import Posterior, PosteriorSpec, make_centre, make_posterior
 from lambda_hat.samplers import AnySamplerSpec
 from lambda_hat.samplers.sgld import SgldSpec
 from lambda_hat.samplers.stochastic import StochasticSpec
 from lambda_hat.sampling import sample
+from lambda_hat.selection import select
 from lambda_hat.target import Dataset, Objective
 from lambda_hat.targets.analytic import QuadraticData, QuadraticSpec
 from lambda_hat.theory import quadratic_llc

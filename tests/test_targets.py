@@ -428,7 +428,10 @@ def test_custom_pytrees_are_seen_as_they_were_given(tmp_path):
         ({"path": "test_targets:no_such_function"}, "has no attribute"),
         ({"arguments": {"number": 3}}, "unexpected keyword argument 'number'"),
         ({"arguments": {"num_samples": 50}}, r"returns, 50; got 60. Set data.n_data=50"),
-        ({"path": "test_targets:leaves", "arguments": {"tree": 3}}, "must return .loss_fn, params, data., or with weights as a fourth; got list"),
+        (
+            {"path": "test_targets:leaves", "arguments": {"tree": 3}},
+            "must return .loss_fn, params, data., or with weights as a fourth; got list",
+        ),
     ],
 )
 def test_custom_that_does_not_work(fields, message):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lambda_hat.posterior import num_selected, select
+from lambda_hat.selection import num_selected, select
 from lambda_hat.spec import InvalidInput
 from lambda_hat.target import Dataset, mean_loss_float64
 from lambda_hat.wrap import wrap, wrap_like
