@@ -14,8 +14,8 @@ from test_entropy_exact import ENUMERATION, moved
 from test_entropy_sequences import batch_of
 
 from lambda_hat.entropy.adamw import AdamW, adam_state, aggregate_gradient, take_apart
-from lambda_hat.entropy.attribution import Training, attribution_matrix, entropy_changes, linearity
-from lambda_hat.entropy.estimators import baselines, evaluate, orders
+from lambda_hat.entropy.attribution import Training, attribution_matrix, entropy_changes, evaluate_references, linearity
+from lambda_hat.entropy.estimators import baselines, evaluate, evaluate_chunk, orders
 from lambda_hat.entropy.exact import exact_derivatives, exact_entropy
 from lambda_hat.entropy.importance import snis
 from lambda_hat.entropy.sequences import Batch, all_token_stats
@@ -156,6 +156,37 @@ def test_changes_are_those_along_each_part():
     found = entropy_changes(APPLY, PARAMS, training(), SAMPLE, eta, grad_chunk=2)
     base, there = (evaluate(APPLY, PARAMS, directions(), np.full(5, step), SAMPLE, direction_chunk=2) for step in (0.0, eta))
     np.testing.assert_allclose(found.grad.change, snis(base, there).change, rtol=1e-9)
+
+
+@pytest.mark.parametrize("grad_chunk", [2, 64])
+def test_no_more_policies_are_evaluated_than_there_are(monkeypatch, grad_chunk):
+    """Chunks are of nearly equal sizes: of five parts three twos or one five."""
+    evaluated = []
+
+    def counted(apply, params, directions, etas, *rest):
+        evaluated.append(len(etas))
+        return evaluate_chunk(apply, params, directions, etas, *rest)
+
+    for module in ("attribution", "estimators"):
+        monkeypatch.setattr(f"lambda_hat.entropy.{module}.evaluate_chunk", counted)
+    found = entropy_changes(APPLY, PARAMS, training(), SAMPLE, 0.1, grad_chunk=grad_chunk)
+    size = {2: 2, 64: 5}[grad_chunk]
+    references, parts = -(-3 // size), 2 * -(-5 // size)
+    assert evaluated == [size] * (references + parts)
+    monkeypatch.undo()
+    references = evaluate_references(APPLY, PARAMS, training(), SAMPLE, [0.01, 0.1], grad_chunk=grad_chunk)
+    again = entropy_changes(APPLY, PARAMS, training(), SAMPLE, 0.1, grad_chunk=grad_chunk, references=references)
+    jax.tree.map(np.testing.assert_array_equal, again, found)
+
+
+def test_a_part_of_nothing_changes_nothing():
+    """To the bit, above the baseline too, in float32 as well: what is compared is evaluated alike."""
+    weights = training().weights * np.array([1, 0, 1, 1, 1])
+    params, update = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), (PARAMS, training().update))
+    own = Training(UPDATE, weights, update)
+    found = entropy_changes(APPLY, params, own, SAMPLE, 0.1, grad_chunk=2)
+    assert found.grad.change[1] == found.baseline_plus_grad.change[1] == 0
+    assert np.all(found.baseline_plus_grad.change[[0, 2, 3, 4]] != 0)
 
 
 def test_what_parts_do_together_is_of_second_order():

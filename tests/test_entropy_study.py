@@ -13,6 +13,7 @@ from flow_runs import made, runner, tasks, ui_artifacts
 from lambda_hat import artifacts as steps
 from lambda_hat.cli import main
 from lambda_hat.entropy import artifacts
+from lambda_hat.entropy.attribution import evaluate_references
 from lambda_hat.entropy.batches import draw_evaluation, draw_update
 from lambda_hat.entropy.measure import chunk_sizes, in_bfloat16, measure
 from lambda_hat.entropy.plan import check_entropy, describe, make_entropy_plan
@@ -288,6 +289,47 @@ def test_half_precision_is_near(policy):
     assert half.logp_BT.dtype == np.float32
     np.testing.assert_allclose(half.entropies_BT, full.entropies_BT, atol=0.05)
     assert np.abs(half.entropies_BT - full.entropies_BT).max() > 1e-4
+
+
+def test_half_precision_changes_survive(stored, policy):
+    """bfloat16 rounds away the difference of policies that are 1e-4 apart: changes are those of the policy's own precision."""
+    full, half = (
+        measure(spec_of(etas=[1e-4, 1e-3], forward=forward), policy.target, policy.state, CHUNK)[0]
+        for forward in ("full", "bfloat16")
+    )
+    for column in ("full", "grad_sum", "baseline"):
+        np.testing.assert_allclose(half.changes[column], full.changes[column], rtol=0.1, err_msg=column)
+    scale = np.abs(full.influence["change"]).groupby(full.influence["eta"]).transform("max")
+    assert (np.abs(half.influence["change"] - full.influence["change"]) < 0.1 * scale).all()
+    np.testing.assert_allclose(half.matrices[0].sum(), full.matrices[0].sum(), rtol=0.1)
+    assert half.summary["evaluations"][0]["entropy"] == full.summary["evaluations"][0]["entropy"]
+
+
+def test_rows_of_other_settings_differ(stored, capsys):
+    """In every table: those of the flow, of the study and of the command."""
+    specs = [stored.spec, *(spec_of(exact=True, **own) for own in ({"forward": "bfloat16"}, {"clip": 5.0}))]
+    for spec in specs:
+        artifacts.measure_update(spec, stored.store, CHUNK)
+    rows = table(stored.store, specs)
+    assert {(row["forward"], row["clip"]) for row in rows} == {("full", "None"), ("bfloat16", "None"), ("full", "5.0")}
+    made = artifacts.publish_study("three", [spec.entropy_id for spec in specs], stored.store, [])
+    for name in ("results.csv", "changes.csv"):
+        read = pd.read_csv(io.BytesIO(stored.store.read(made.address, name)))
+        assert len(read[["forward", "clip"]].drop_duplicates()) == 3, name
+    assert main(["entropy", made.id, "--where", "sequence=0", "eta=0.01", "--store", stored.store.uri]) == 0
+    assert {"forward", "clip"} < set(capsys.readouterr().out.split("\n")[0].split())
+
+
+def test_references_are_evaluated_once(policy, monkeypatch):
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments[4])
+        return evaluate_references(*arguments)
+
+    monkeypatch.setattr("lambda_hat.entropy.measure.evaluate_references", counted)
+    measure(spec_of(evaluation={"num_prompts": 10, "num_batches": 2}), policy.target, policy.state, CHUNK)
+    assert calls == [(1e-3, 1e-2)] * 2
 
 
 def test_chunk_sizes_follow_memory():

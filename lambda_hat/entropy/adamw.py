@@ -132,11 +132,10 @@ def _chunk_gradient(apply: Apply, params: Params, batch: Batch, weights_B: jax.A
 
 
 def aggregate_gradient(apply: Apply, params: Params, batch: Batch, weights_B: Any, chunk_size: int = 8) -> Params:
-    """g = sum_i g_i, the gradient of the loss, `chunk_size` sequences at a time.
+    """g = sum_i g_i, the gradient of the loss, at most `chunk_size` sequences at a time.
 
     Args:
       weights_B: of `lambda_hat.policies.objective.sequence_weights`, flat.
     """
     weights = np.asarray(weights_B, np.promote_types(jax.tree.leaves(params)[0].dtype, np.float32))
-    padded = np.pad(weights, (0, -len(weights) % chunk_size)).reshape(-1, chunk_size)
-    return _summed(Partial(_chunk_gradient, as_partial(apply)), params, (in_chunks(batch, chunk_size), padded))
+    return _summed(Partial(_chunk_gradient, as_partial(apply)), params, in_chunks((batch, weights), chunk_size))

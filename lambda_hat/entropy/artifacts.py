@@ -16,7 +16,7 @@ from lambda_hat import artifacts
 from lambda_hat.arrays import flatten, pack_arrays, unflatten, unpack_arrays
 from lambda_hat.chunks import Progress, no_progress
 from lambda_hat.entropy.spec import EntropySpec
-from lambda_hat.entropy.study import EntropyStudy, Measured, PolicyTraining, influence_table
+from lambda_hat.entropy.study import EntropyStudy, Measured, PolicyTraining, influence_table, names_of
 from lambda_hat.manifest import (
     DIAGNOSIS_VERSION,
     STUDY_VERSION,
@@ -197,7 +197,7 @@ def publish_study(
     drawn = draw_plots(study, plots)
     made_at = max(m.created_at for m in store.manifests(map(entropy_address, entropy_ids)))
     table = influence_table(study)
-    changes = pd.concat([_named(one) for one in study.measured], ignore_index=True)
+    changes = pd.concat([_named(study, one) for one in study.measured], ignore_index=True)
     files = {f"{plot}.png": png for plot, png in drawn.pngs.items()}
     files |= {"results.csv": table.to_csv(index=False).encode(), "results.parquet": table.to_parquet()}
     files["changes.csv"] = changes.to_csv(index=False).encode()
@@ -208,14 +208,10 @@ def publish_study(
     return store.publish(address, files, spec=spec, summary={"num_measured": len(entropy_ids)})
 
 
-def _named(measured: Measured) -> pd.DataFrame:
+def _named(study: EntropyStudy, measured: Measured) -> pd.DataFrame:
     import pandas as pd
 
-    target = measured.spec.target
-    named = pd.DataFrame({
-        "entropy_id": measured.entropy_id, "target_id": target.target_id, "checkpoint": target.checkpoint
-    }, index=measured.changes.index)  # fmt: skip
-    return named.join(measured.changes)
+    return pd.DataFrame(names_of(study, measured), index=measured.changes.index).join(measured.changes)
 
 
 def _llcs(store: Store, run_ids: Sequence[str]) -> pd.DataFrame | None:

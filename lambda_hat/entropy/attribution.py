@@ -24,9 +24,9 @@ from lambda_hat.chunks import Progress, no_progress
 from lambda_hat.entropy.adamw import Update, precondition, sequence_gradients
 from lambda_hat.entropy.estimators import Integrand, evaluate, evaluate_chunk, weighted_integrand, with_baselines
 from lambda_hat.entropy.importance import Evaluation, Snis, snis
-from lambda_hat.entropy.sequences import Batch, as_partial, in_chunks, moved
+from lambda_hat.entropy.sequences import Batch, as_partial, in_chunks
 from lambda_hat.policies.decoder import Apply
-from lambda_hat.target import Params
+from lambda_hat.target import Params, chunk_size
 
 
 class Columns(NamedTuple):
@@ -77,6 +77,24 @@ class Changes(NamedTuple):
 PARTS = Changes._fields[1:]
 
 
+class References(NamedTuple):
+    """What changes at some etas are measured from, evaluated once for all of them; see `evaluate_references`.
+
+    etas: E of them. base: the policy itself, K = 1. full, baseline: theta + eta v and theta + eta b, K = E.
+    """
+
+    etas: tuple[float, ...]
+    base: Evaluation
+    full: Evaluation
+    baseline: Evaluation
+
+    def at(self, eta: float) -> tuple[Evaluation, Evaluation]:
+        """full and baseline at one of the etas, K = 1 each."""
+        row = [self.etas.index(eta)]
+        full, baseline = (Evaluation(of.logp_KN[row], of.h_KN[row]) for of in (self.full, self.baseline))
+        return full, baseline
+
+
 class Linearity(NamedTuple):
     """A straight line through changes over eta by least squares, and how far they are from it.
 
@@ -118,11 +136,10 @@ def attribution_matrix(
     """
     num_evaluated, total = len(evaluation.tokens_BT), len(training.weights)
     chunks = with_baselines(params, evaluation, baselines_BT, sequence_chunk)
-    grad_chunk = min(grad_chunk, total)
-    size = min(sequence_chunk, grad_chunk)
+    grad_chunk = chunk_size(total, grad_chunk)
 
     def of_chunk(part: Batch, weights: np.ndarray) -> dict[str, Any]:
-        inner = in_chunks(part, size), np.pad(weights, (0, -len(weights) % size)).reshape(-1, size)
+        inner = in_chunks((part, weights), sequence_chunk)
         products = _products(as_partial(apply), params, inner, training.update.preconditioner, chunks, integrand)
         return {"matrix": products[:grad_chunk]}
 
@@ -161,6 +178,28 @@ def _products(
     return jnp.swapaxes(jax.lax.map(of_chunk, chunks), 0, 1)
 
 
+def evaluate_references(
+    apply: Apply,
+    params: Params,
+    training: Training,
+    evaluation: Batch,
+    etas: Sequence[float],
+    integrand: Integrand = "entropy",
+    grad_chunk: int = 8,
+    sequence_chunk: int = 64,
+) -> References:
+    """The policies that `entropy_changes` compares with, by the program that evaluates the parts, so that what rounding they
+    share cancels; arguments as there."""
+    both = jax.tree.map(lambda *leaves: np.stack(leaves), training.update.full, training.update.baseline)
+    count, size = len(etas), chunk_size(len(training.weights), grad_chunk)
+    filled = -(1 + 2 * count) % size  # to whole chunks
+    steps = np.array([0.0, *etas, *etas, *[0.0] * filled])
+    which = np.array([0] * (1 + count) + [1] * count + [0] * filled)
+    logp, h = evaluate(apply, params, both, steps, evaluation, integrand, size, sequence_chunk, which)
+    rows = slice(0, 1), slice(1, 1 + count), slice(1 + count, 1 + 2 * count)
+    return References(tuple(etas), *(Evaluation(logp[row], h[row]) for row in rows))
+
+
 def entropy_changes(
     apply: Apply,
     params: Params,
@@ -174,40 +213,49 @@ def entropy_changes(
     progress: Progress = no_progress,
     resume: Columns | None = None,
     save: Save | None = None,
+    references: References | None = None,
+    gradient_apply: Apply | None = None,
 ) -> Changes:
     """The changes of the entropy by the update and by its parts, at eta.
 
     Args:
+      apply: in float32 at least: in bfloat16 the difference of two nearby policies is rounding (8 bits of mantissa).
       evaluation: independent draws from the policy at `params`. clip: of log-weights, see `snis`.
-      grad_chunk: training sequences whose v_i are held, and policies that are evaluated, together.
+      grad_chunk: training sequences whose v_i are held, and policies that are evaluated, together at most, in chunks of nearly
+        equal sizes.
       resume: what `save` received last in an interrupted call.
+      references: of `evaluate_references` with the same arguments and this eta among its etas; none = evaluated here.
+      gradient_apply: the policy as the update's gradients were computed, in bfloat16 perhaps; none = `apply`.
     """
-    shifted = jax.jit(moved)(params, training.update.baseline, np.asarray(eta))
+    grad_chunk = chunk_size(len(training.weights), grad_chunk)
+    if references is None:
+        references = evaluate_references(apply, params, training, evaluation, [eta], integrand, grad_chunk, sequence_chunk)
     etas = np.full(grad_chunk, eta)
     chunks = in_chunks(evaluation, sequence_chunk)
-    num_evaluated = len(evaluation.tokens_BT)
-
-    def along_full(start: Params, *etas: float) -> list[Evaluation]:
-        full = jax.tree.map(lambda leaf: np.stack([leaf] * len(etas)), training.update.full)
-        found = evaluate(apply, start, full, np.array(etas), evaluation, integrand, grad_chunk, sequence_chunk)
-        return [Evaluation(found.logp_KN[[lane]], found.h_KN[[lane]]) for lane in range(len(etas))]
+    num_evaluated, own = len(evaluation.tokens_BT), as_partial(apply if gradient_apply is None else gradient_apply)
 
     def of_chunk(part: Batch, weights: np.ndarray) -> dict[str, Any]:
-        parts = _parts(as_partial(apply), params, part, weights, training.update.preconditioner)
+        parts = _parts(own, params, part, weights, training.update.preconditioner)
         alone = evaluate_chunk(as_partial(apply), params, parts, etas, chunks, integrand)
-        on_top = evaluate_chunk(as_partial(apply), shifted, parts, etas, chunks, integrand)
+        # All policies from the same parameters by the same program: what rounding they share cancels.
+        on_top = evaluate_chunk(as_partial(apply), params, _added(parts, training.update.baseline), etas, chunks, integrand)
         return dict(zip(("grad_logp", "grad_h", "on_top_logp", "on_top_h"), (*alone, *on_top), strict=True))
 
-    # Every policy by the same program, the unmoved ones too: what rounding they share cancels.
-    (base, there), [reference] = along_full(params, 0.0, eta), along_full(shifted, 0.0)
     found = _by_chunks(params, training, grad_chunk, num_evaluated, of_chunk, progress, resume, save)
+    full, baseline = references.at(eta)
     return Changes(
         eta,
-        snis(base, there, clip),
-        snis(base, reference, clip),
-        snis(base, Evaluation(found["grad_logp"], found["grad_h"]), clip),
-        snis(base, Evaluation(found["on_top_logp"], found["on_top_h"]), clip, reference=reference),
+        snis(references.base, full, clip),
+        snis(references.base, baseline, clip),
+        snis(references.base, Evaluation(found["grad_logp"], found["grad_h"]), clip),
+        snis(references.base, Evaluation(found["on_top_logp"], found["on_top_h"]), clip, reference=baseline),
     )
+
+
+@jax.jit
+def _added(parts: Params, baseline: Params) -> Params:
+    """b + v_i, with a leading axis of sequences."""
+    return jax.tree.map(lambda v, b: v + b[None], parts, baseline)
 
 
 @jax.jit
@@ -216,8 +264,9 @@ def _parts(apply: Partial, params: Params, batch: Batch, weights: Any, precondit
     return precondition(preconditioner, sequence_gradients(apply, params, batch, weights))
 
 
-def gradient_norms(apply: Apply, params: Params, training: Training, chunk_size: int = 8) -> np.ndarray:
-    """|g_i| of each training sequence, (N_U,), in float64, `chunk_size` of them at a time."""
+def gradient_norms(apply: Apply, params: Params, training: Training, grad_chunk: int = 8) -> np.ndarray:
+    """|g_i| of each training sequence, (N_U,), in float64, at most `grad_chunk` of them at a time."""
+    grad_chunk = chunk_size(len(training.weights), grad_chunk)
     ones = jax.tree.map(np.ones_like, training.update.preconditioner)
 
     def of_chunk(part: Batch, weights: np.ndarray) -> dict[str, Any]:
@@ -227,7 +276,7 @@ def gradient_norms(apply: Apply, params: Params, training: Training, chunk_size:
         )
         return {"squares": sum(squares)}
 
-    found = _by_chunks(params, training, chunk_size, 1, of_chunk, no_progress, None, None)
+    found = _by_chunks(params, training, grad_chunk, 1, of_chunk, no_progress, None, None)
     return np.sqrt(found["squares"][:, 0])
 
 

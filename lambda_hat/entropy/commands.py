@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import io
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lambda_hat.manifest import Address
 from lambda_hat.spec import InvalidInput
 from lambda_hat.store import Store
 from lambda_hat.study_views import add_options, emit, find_studies, refusals, rendered, write_plots, write_report
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 #: Columns of the table for people; the other formats hold all.
 SHOWN = (
@@ -59,7 +62,15 @@ def _table(store: Store, address: Address, options: argparse.Namespace) -> None:
     table = rows_where(pd.read_parquet(io.BytesIO(store.read(address, "results.parquet"))), options.where)
     if not len(table):
         raise InvalidInput(f"There must be a row; none fits {' '.join(options.where)}. Without --where all are shown.")
-    emit(rendered(table[list(SHOWN)] if options.format == "table" else table, options.format), options.output)
+    emit(rendered(table[_shown(table)] if options.format == "table" else table, options.format), options.output)
+
+
+def _shown(table: pd.DataFrame) -> list[str]:
+    """SHOWN, and before it what else sets rows of different measurements apart."""
+    names = [*table.columns[: table.columns.get_loc("evaluation")]]
+    varied = [name for name in names if name not in ("entropy_id", *SHOWN) and table[name].nunique(dropna=False) > 1]
+    alike = table.groupby(["target_id", "checkpoint", *varied], dropna=False)["entropy_id"].nunique().max() > 1
+    return [*(["entropy_id"] if alike else []), *SHOWN[:2], *varied, *SHOWN[2:]]
 
 
 def _drawn(store: Store, address: Address, options: argparse.Namespace) -> None:

@@ -26,7 +26,7 @@ from lambda_hat.entropy.importance import Evaluation
 from lambda_hat.entropy.sequences import Batch, TokenStats, as_partial, in_chunks, moved, token_stats
 from lambda_hat.policies.decoder import Apply
 from lambda_hat.spec import InvalidInput
-from lambda_hat.target import Params
+from lambda_hat.target import Params, chunk_size
 
 #: h of a sequence: the sum of the exact entropies of its tokens' distributions; the sum of its tokens' surprisals, of the same
 #: mean; the mean of the entropies over its tokens.
@@ -106,40 +106,47 @@ def evaluate(
     integrand: Integrand = "entropy",
     direction_chunk: int = 8,
     sequence_chunk: int = 64,
+    which_K: np.ndarray | None = None,
 ) -> Evaluation:
-    """Log-probabilities and integrands under theta + eta_k d_k for K directions, in the parameters' dtype.
+    """Log-probabilities and integrands under theta + eta_k d_k for K policies, in the parameters' dtype.
 
     Equal policies give equal numbers to the last bit, whatever the others are, if the chunks' sizes are the same: with an eta
     of 0 it gives the base that `snis` compares with, and rounding cancels. Small changes drown in float32's rounding all the
     same (some 1e-6 of h); there the derivatives serve.
 
     Args:
-      directions: trees like `params` with a leading axis of K.
-      direction_chunk, sequence_chunk: policies, and sequences under each, that are evaluated together.
+      directions: trees like `params` with a leading axis of directions.
+      direction_chunk, sequence_chunk: policies, and sequences under each, that are evaluated together at most, in chunks of
+        nearly equal sizes.
+      which_K: of the directions, each policy's; none = one after the other.
     """
     etas_K = np.asarray(etas_K, np.float64)
+    which_K = np.arange(len(etas_K)) if which_K is None else which_K
     chunks = in_chunks(batch, sequence_chunk)
 
     def of_chunk(part: Params, rows: np.ndarray) -> tuple[jax.Array, ...]:
         return evaluate_chunk(as_partial(apply), params, part, etas_K[rows], chunks, integrand)
 
-    return Evaluation(*_by_directions(directions, len(etas_K), direction_chunk, of_chunk, len(batch.tokens_BT)))
+    return Evaluation(*_by_directions(directions, which_K, direction_chunk, of_chunk, len(batch.tokens_BT)))
 
 
 def _by_directions(
     directions: Params,
-    count: int,
-    chunk_size: int,
+    which_K: np.ndarray,
+    direction_chunk: int,
     of_chunk: Callable[[Params, np.ndarray], tuple[jax.Array, ...]],
     num_sequences: int,
 ) -> list[np.ndarray]:
-    """What `of_chunk` gives for all directions, each array as (K, N) in float64.
+    """What `of_chunk` gives for policies, each along one of the directions, each array as (K, N) in float64.
 
     Args:
-      of_chunk: (directions, their indices) -> arrays (chunk_size, chunks, sequences); the last is filled up with the first.
+      of_chunk: (directions, the policies' indices) -> arrays (policies, chunks, sequences); the last is filled up with the
+        first.
     """
-    rows = np.pad(np.arange(count), (0, -count % chunk_size))
-    parts = [of_chunk(_select(directions, chosen), chosen) for chosen in rows.reshape(-1, chunk_size)]
+    count = len(which_K)
+    size = chunk_size(count, direction_chunk)
+    rows = np.pad(np.arange(count), (0, -count % size))
+    parts = [of_chunk(_select(directions, which_K[chosen]), chosen) for chosen in rows.reshape(-1, size)]
     arrays = (np.concatenate([np.asarray(part, np.float64) for part in arrays]) for arrays in zip(*parts, strict=True))
     return [array.reshape(len(rows), -1)[:count, :num_sequences] for array in arrays]
 
@@ -222,11 +229,10 @@ def weighted_integrand(apply: Apply, params: Params, batch: Batch, baselines_BT:
     return jnp.sum(weights_BT * token_terms(stats, batch.mask_BT, integrand) - controls, axis=1)
 
 
-def with_baselines(params: Params, batch: Batch, baselines_BT: np.ndarray, chunk_size: int) -> tuple[Batch, np.ndarray]:
+def with_baselines(params: Params, batch: Batch, baselines_BT: np.ndarray, sequence_chunk: int) -> tuple[Batch, np.ndarray]:
     """The batch in chunks, and its baselines in the parameters' dtype."""
     dtype = np.promote_types(jax.tree.leaves(params)[0].dtype, np.float32)
-    padded = np.pad(np.asarray(baselines_BT, dtype), ((0, -len(baselines_BT) % chunk_size), (0, 0)))
-    return in_chunks(batch, chunk_size), padded.reshape(-1, chunk_size, padded.shape[1])
+    return in_chunks((batch, np.asarray(baselines_BT, dtype)), sequence_chunk)
 
 
 def orders(
@@ -254,7 +260,7 @@ def orders(
     def of_chunk(part: Params, _: np.ndarray) -> tuple[jax.Array, ...]:
         return _orders(as_partial(apply), params, part, chunks, integrand, second)
 
-    found = _by_directions(directions, count, direction_chunk, of_chunk, size)
+    found = _by_directions(directions, np.arange(count), direction_chunk, of_chunk, size)
     weights = np.full(size, 1 / size) if weights_B is None else np.asarray(weights_B, np.float64)
     first, *rest = (part * weights[None] for part in found)
     return Orders(first, rest[0] if rest else None)

@@ -100,7 +100,7 @@ def _tree(enumeration: Enumeration, chunk_size: int) -> tuple[Batch, np.ndarray]
     """
     batch = Batch(*(array[enumeration.endings] for array in enumeration.batch))
     leading = batch.mask_BT & (np.cumsum(batch.mask_BT, axis=1) < np.max(np.sum(batch.mask_BT, axis=1)))
-    return in_chunks(batch, chunk_size), np.asarray(in_chunks(Batch(leading, leading), chunk_size).mask_BT)
+    return in_chunks((batch, leading), chunk_size)
 
 
 @jax.jit

@@ -24,9 +24,11 @@ from lambda_hat.entropy.attribution import (
     PARTS,
     Changes,
     Columns,
+    References,
     Training,
     attribution_matrix,
     entropy_changes,
+    evaluate_references,
     gradient_norms,
     linearity,
 )
@@ -133,6 +135,7 @@ class _Measurement:
         self.began = time.perf_counter()
         self.spec, self.policy, self.task = spec, policy_of(target), spec.target.tokenized()
         self.params: Params = self.policy.params
+        #: Of gradients and derivatives. What compares two policies takes the policy's own precision: see `EntropySpec.forward`.
         self.apply = in_bfloat16(self.policy.apply) if spec.forward == "bfloat16" else self.policy.apply
         self.update = draw_update(spec.update, self.policy, self.task, spec.seed)
         self.drawn = [
@@ -166,7 +169,8 @@ class _Measurement:
             controls = baselines(own, drawn.batch.mask_BT, self.spec.integrand)
             matrix = self._matrix(number, drawn, controls)
             first = self._orders(drawn, controls)
-            found = [self._changes(number, drawn, eta) for eta in self.spec.etas]
+            references = self._references(drawn)
+            found = [self._changes(number, drawn, eta, references) for eta in self.spec.etas]
             named = self._named(features(drawn, own, self.task), f"eval_{number:02}")
             evaluations.append(named.drop(columns=["advantage", "attempt"]))
             matrices.append(matrix)
@@ -186,7 +190,7 @@ class _Measurement:
         return table.assign(id=[f"{self.spec.entropy_id}.{batch}.{number}" for number in table["sequence"]])
 
     def _stats(self, batch: Batch) -> TokenStats:
-        return all_token_stats(self.apply, self.params, batch, self.chunks.sequences)
+        return all_token_stats(self.policy.apply, self.params, batch, self.chunks.sequences)
 
     def _mean(self, drawn: Drawn, stats: TokenStats) -> tuple[float, float, int]:
         """The mean of the integrand, its standard error and the number of sequences."""
@@ -227,11 +231,17 @@ class _Measurement:
 
         return np.asarray(self._step(f"{number}/matrix", compute)["matrix"])
 
-    def _changes(self, number: int, drawn: Drawn, eta: float) -> Changes:
+    def _references(self, drawn: Drawn) -> References:
+        """For all etas at once; not kept by an interrupted measurement, which evaluates them anew."""
+        return evaluate_references(
+            self.policy.apply, self.params, self.training, drawn.batch, self.spec.etas, self.spec.integrand, *self.chunks[1:]
+        )
+
+    def _changes(self, number: int, drawn: Drawn, eta: float, references: References) -> Changes:
         def compute(resume: Columns | None, save: Callable[[Columns], None]) -> dict[str, np.ndarray]:
             changes = entropy_changes(
-                self.apply, self.params, self.training, drawn.batch, eta, self.spec.integrand, self.spec.clip, *self.chunks[1:],
-                progress=self._progress(f"eta {eta:g}"), resume=resume, save=save,
+                self.policy.apply, self.params, self.training, drawn.batch, eta, self.spec.integrand, self.spec.clip,
+                *self.chunks[1:], self._progress(f"eta {eta:g}"), resume, save, references, self.apply,
             )  # fmt: skip
             return {f"{name}.{field}": array for name, snis in changes.parts.items() for field, array in snis._asdict().items()}
 
@@ -255,7 +265,7 @@ class _Measurement:
         enumeration = enumerate_completions(rows, self.task.tokenizer.vocab_size, self.task.max_length, self.task.end_token)
         full = self.training.update.full
         there = {eta: jax.jit(moved)(self.params, full, np.asarray(eta)) for eta in (0.0, *self.spec.etas)}
-        entropies = {eta: exact_entropy(self.apply, params, enumeration) for eta, params in there.items()}
+        entropies = {eta: exact_entropy(self.policy.apply, params, enumeration) for eta, params in there.items()}
         return {eta: value - (entropies[0.0] if eta else 0) for eta, value in entropies.items()}
 
     def _head(self, stats: TokenStats) -> dict[str, Any]:

@@ -8,7 +8,7 @@ constants of the compiled programs if it is a `jax.tree_util.Partial` that holds
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,9 @@ from jax.tree_util import Partial
 from lambda_hat.policies.decoder import Apply
 from lambda_hat.policies.generate import token_statistics
 from lambda_hat.spec import InvalidInput
-from lambda_hat.target import Params
+from lambda_hat.target import Params, chunk_size
+
+Arrays = TypeVar("Arrays")
 
 
 class Batch(NamedTuple):
@@ -59,12 +61,6 @@ def check_batch(batch: Batch) -> Batch:
     return Batch(tokens.astype(np.int32), mask)
 
 
-def pad_batch(batch: Batch, multiple: int) -> Batch:
-    """The batch with empty sequences at its end, to a multiple of sequences: they have no completion and add nothing."""
-    rest = -len(batch.tokens_BT) % multiple
-    return Batch(*(np.pad(np.asarray(array), ((0, rest), (0, 0))) for array in batch))
-
-
 def as_partial(apply: Apply) -> Partial:
     """The policy as a pytree, so that arrays which it holds are arguments of compiled programs."""
     return apply if isinstance(apply, Partial) else Partial(apply)
@@ -82,17 +78,26 @@ def _token_stats(apply: Partial, params: Params, chunks: Batch) -> TokenStats:
     return jax.lax.map(lambda chunk: token_stats(apply, params, chunk), chunks)
 
 
-def all_token_stats(apply: Apply, params: Params, batch: Batch, chunk_size: int = 64) -> TokenStats:
-    """`token_stats` on the host, `chunk_size` sequences at a time."""
+def all_token_stats(apply: Apply, params: Params, batch: Batch, sequence_chunk: int = 64) -> TokenStats:
+    """`token_stats` on the host, at most `sequence_chunk` sequences at a time."""
     size = len(batch.tokens_BT)
-    stats = _token_stats(as_partial(apply), params, in_chunks(batch, chunk_size))
+    stats = _token_stats(as_partial(apply), params, in_chunks(batch, sequence_chunk))
     return TokenStats(*(np.asarray(array).reshape(-1, array.shape[-1])[:size] for array in stats))
 
 
-def in_chunks(batch: Batch, chunk_size: int) -> Batch:
-    """The batch, padded, as (chunks, chunk_size, T)."""
-    padded = pad_batch(batch, chunk_size)
-    return Batch(*(array.reshape(-1, chunk_size, array.shape[-1]) for array in padded))
+def in_chunks(arrays: Arrays, most: int) -> Arrays:
+    """Arrays of sequences, on the host, in the fewest chunks of at most `most`, (chunks, size, ...), of nearly equal sizes.
+
+    Zeros fill up the last: sequences of zeros have no completion and add nothing.
+    """
+    size = chunk_size(len(jax.tree.leaves(arrays)[0]), most)
+
+    def cut(array: Any) -> np.ndarray:
+        array = np.asarray(array)
+        padded = np.pad(array, ((0, -len(array) % size), *((0, 0),) * (array.ndim - 1)))
+        return padded.reshape(-1, size, *array.shape[1:])
+
+    return jax.tree.map(cut, arrays)
 
 
 def moved(params: Params, direction: Params, eta: jax.Array) -> Params:

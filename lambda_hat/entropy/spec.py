@@ -103,7 +103,11 @@ class EntropySpec(Spec):
     )
     clip: float | None = Field(None, gt=0, description="log-weights are cut to +- this; none = not")
     exact: bool = Field(False, description="also by enumeration of every completion, of short answers and few tokens")
-    forward: Literal["full", "bfloat16"] = Field("full", description="numbers of the forward pass; sums are in float64")
+    forward: Literal["full", "bfloat16"] = Field(
+        "full",
+        description="numbers of gradients and derivatives; log-probabilities, entropies and their changes at an eta, which "
+        "bfloat16 would round away, stay in the policy's own precision",
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="seed of prompts and completions")
 
     @model_validator(mode="after")

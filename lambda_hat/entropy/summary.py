@@ -7,6 +7,7 @@ from typing import Any
 
 from lambda_hat.entropy.plan import EntropyPlan
 from lambda_hat.entropy.spec import EntropySpec
+from lambda_hat.entropy.study import differing, measurement_settings
 from lambda_hat.manifest import entropy_address, target_address
 from lambda_hat.report import aligned, files_of, what_failed
 from lambda_hat.store import Store
@@ -60,16 +61,19 @@ def outcome(
 
 
 def table(store: Store, specs: Sequence[EntropySpec]) -> list[dict[str, str]]:
-    """A row for each measurement, of its first evaluation batch."""
+    """A row for each measurement, of its first evaluation batch, with the settings in which they differ."""
     summaries = {manifest.id: manifest.summary for manifest in store.manifests(entropy_address(s.entropy_id) for s in specs)}
+    varied = [name for name in differing(map(measurement_settings, specs)) if name != "seed"]
     rows = []
     for spec in sorted(specs, key=lambda spec: (spec.target.target_id, spec.target.checkpoint)):
         if spec.entropy_id not in summaries:
             continue
         found = summaries[spec.entropy_id]
         first = found["evaluations"][0]
+        own = measurement_settings(spec)
         rows.append({
             "policy": spec.target.target_id, "checkpoint": f"{spec.target.checkpoint}", "measurement": spec.entropy_id,
+            **{name: str(own.get(name)) for name in varied},
             "accuracy": f"{found['accuracy']:.3f}", "entropy": with_error(first["entropy"], first["entropy_error"]),
             "dH/deta": with_error(first["first"], first["first_error"]), "of baseline": f"{first['baseline_first']:.4g}",
             "of sequences": f"{first['grad_first']:.4g}", "eta*": f"{first['eta_star']:.2g}" if first["eta_star"] else "-",

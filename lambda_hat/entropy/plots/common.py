@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,11 +9,16 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from lambda_hat.entropy.spec import EntropySpec
-from lambda_hat.entropy.study import EntropyStudy, Measured, PolicyTraining
+from lambda_hat.entropy.study import (
+    EntropyStudy,
+    Measured,
+    PolicyTraining,
+    differing,
+    measurement_settings,
+    policy_settings,
+)
 from lambda_hat.plots.style import COLORS, EXACT
 from lambda_hat.policies.spec import PolicySpec
-from lambda_hat.spec import dotted
 from lambda_hat.text import number
 
 #: Panels of a figure and lines of a panel that can still be told apart; of more, evenly spaced ones are shown.
@@ -28,9 +32,6 @@ LAST_LETTER = "\N{LATIN SMALL LETTER EZH}"
 RAISED, LOWERED, NEITHER = (COLORS[0], "o"), (COLORS[1], "^"), (EXACT, ".")
 BY_ADVANTAGE = (("advantage > 0", RAISED), ("advantage < 0", LOWERED), ("advantage = 0", NEITHER))
 BY_REWARD = ((True, "correct", RAISED), (False, "incorrect", LOWERED))
-
-#: Settings of a measurement that do not set it apart: its evaluation batches are named by number.
-NOT_NAMED = ("evaluation.num_batches", "exact")
 
 
 class View(NamedTuple):
@@ -64,20 +65,22 @@ def views(study: EntropyStudy) -> list[View]:
 def by_setting(study: EntropyStudy) -> list[Policies]:
     """The study's policies that have been trained by rewards, those of several seeds together."""
     trainings = [training for training in study.policies.values() if len(training.history.get("accuracy", ()))]
-    varied = [name for name in differing(map(_of_policy, (training.spec for training in trainings))) if name != "policy seed"]
+    varied = [
+        name for name in differing(map(policy_settings, (training.spec for training in trainings))) if name != "policy seed"
+    ]
     found: dict[str, list[PolicyTraining]] = {}
     for training in trainings:
-        found.setdefault(_written(_of_policy(training.spec), varied), []).append(training)
+        found.setdefault(_written(policy_settings(training.spec), varied), []).append(training)
     return [Policies(label, of) for label, of in found.items()]
 
 
 def label(study: EntropyStudy, view: View | Measured) -> str:
     """Where something was measured: what sets it apart from the study's other measurements, its id if nothing else does."""
     measured = view if isinstance(view, Measured) else view.measured
-    names = differing(_of_measurement(other.spec) for other in study.measured)
+    names = differing(measurement_settings(other.spec) for other in study.measured)
     others = [other.spec for other in study.measured if other.entropy_id != measured.entropy_id]
-    own, step = _written(_of_measurement(measured.spec), names), measured.spec.target.checkpoint
-    alike = any(spec.target.checkpoint == step and _written(_of_measurement(spec), names) == own for spec in others)
+    own, step = _written(measurement_settings(measured.spec), names), measured.spec.target.checkpoint
+    alike = any(spec.target.checkpoint == step and _written(measurement_settings(spec), names) == own for spec in others)
     parts = [own, measured.entropy_id if alike else "", f"update {step}"]
     if isinstance(view, View) and len(measured.matrices) > 1:
         parts.append(f"evaluation {view.batch}")
@@ -87,7 +90,7 @@ def label(study: EntropyStudy, view: View | Measured) -> str:
 def common(study: EntropyStudy) -> str:
     """What all measurements, or else all policies, have in common."""
     names = ("task.kind", "task.modulus", "model.num_layers", "model.width", "learning_rate")
-    fields = [_of_policy(spec) for spec in _policies(study)]
+    fields = [policy_settings(spec) for spec in _policies(study)]
     sizes = {f"N_U={len(of.update)}" for of in study.measured}, {f"N_E={len(m)}" for of in study.measured for m in of.matrices}
     shared = [key for key in names if len({str(of.get(key)) for of in fields}) == 1 and fields[0].get(key) is not None]
     texts = [str(fields[0][key]) if key == "task.kind" else f"{key.split('.')[-1]}={number(fields[0][key])}" for key in shared]
@@ -107,13 +110,6 @@ def unit(study: EntropyStudy) -> str:
 def rate_label(study: EntropyStudy, of: str = "dH/dη") -> str:
     """A rate of change of the entropy and its unit."""
     return f"{of} ({unit(study)} per unit η)"
-
-
-def differing(fields: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The settings, single values all, in which some differ."""
-    every = list(fields)
-    names = list(dict.fromkeys(name for of in every for name in of))
-    return [name for name in names if len({repr(of.get(name)) for of in every}) > 1]
 
 
 def by_advantage(ax: Axes, sequences: pd.DataFrame, x: np.ndarray, y: np.ndarray, error: np.ndarray) -> None:
@@ -137,21 +133,5 @@ def _policies(study: EntropyStudy) -> list[PolicySpec]:
     return [measured.spec.target for measured in study.measured] + [training.spec for training in study.policies.values()]
 
 
-@functools.lru_cache(maxsize=4096)
-def _of_policy(spec: PolicySpec) -> dict[str, Any]:
-    fields = dotted(spec.model_dump(mode="json", exclude={"checkpoint"}))
-    return {"policy seed" if key == "seed" else key.removeprefix("rl."): of for key, of in fields.items() if _single(of)}
-
-
-@functools.lru_cache(maxsize=4096)
-def _of_measurement(spec: EntropySpec) -> dict[str, Any]:
-    own = dotted(spec.model_dump(mode="json", exclude={"target"}))
-    return _of_policy(spec.target) | {key: value for key, value in own.items() if _single(value) and key not in NOT_NAMED}
-
-
 def _written(fields: Mapping[str, Any], names: Iterable[str]) -> str:
     return " · ".join(f"{name}={number(fields.get(name))}" for name in names)
-
-
-def _single(value: Any) -> bool:
-    return value is None or isinstance(value, str | int | float)
