@@ -21,6 +21,7 @@ from lambda_hat.batch_size.ends import find_ends
 from lambda_hat.batch_size.plan import StudyPlan, describe, make_study
 from lambda_hat.batch_size.summary import incomplete, label, outcome, preview, summary, text
 from lambda_hat.manifest import study_address
+from lambda_hat.preflight import check
 from lambda_hat.settings import Runtime, Settings
 from lambda_hat.store import Store
 
@@ -45,11 +46,18 @@ def batch_size(
       RunsFailed: some trials or runs could not be computed; the others are finished and stored.
     """
     settings, store, place = begin(store_uri, settings_file)
-    study = make_study(settings, experiment or None, list(overrides))
+    study = _plan(settings, store, experiment or None, list(overrides))
     errors = _train(study, store, place, settings.runtime)
     ids, damaged = artifacts.intact(store, [trial.target_id for trial in study.trials])
     rows, unmeasured = _examine(study, settings, store, place, ids) if ids and study.keeps else ([], [])
     return _publish(study, settings, store, place, ids, outcome(study, ids, rows, errors + damaged, unmeasured))
+
+
+def _plan(settings: Settings, store: Store, experiment: str | None, overrides: list[str]) -> StudyPlan:
+    """The study asked for, once it is clear that nothing is in its way."""
+    study, done = make_study(settings, experiment, overrides), artifacts.trained(store)
+    check([trial for trial in study.trials if trial.target_id not in done], store)
+    return study
 
 
 def _train(study: StudyPlan, store: Store, place: Place, runtime: Runtime) -> list[str]:
@@ -121,7 +129,7 @@ def main() -> int:
         options.error("--no-save keeps nothing, in no store; got --store: leave one out")
     arguments = (given.experiment, given.overrides)
     command = Command(
-        batch_size, plan=lambda settings, _store, _: make_study(settings, *arguments), listing=describe,
+        batch_size, plan=lambda settings, store, _: _plan(settings, store, *arguments), listing=describe,
         name=lambda study: f"{study.name}: {len(study.trials)} trials", preview=preview, arguments=lambda _: arguments,
         show=lambda _, result, __: text(result | {"files": {}}, kept=False) if given.no_save else text(result),
     )  # fmt: skip

@@ -19,7 +19,8 @@ from lambda_hat.entropy.plan import EntropyPlan, describe, make_entropy_plan
 from lambda_hat.entropy.spec import EntropySpec
 from lambda_hat.entropy.summary import failures, label, outcome, preview, table, text
 from lambda_hat.manifest import entropy_address, entropy_study_address, target_address
-from lambda_hat.settings import Runtime
+from lambda_hat.preflight import check, check_runs
+from lambda_hat.settings import Runtime, Settings
 from lambda_hat.store import Store
 
 
@@ -43,11 +44,20 @@ def entropy(
       RunsFailed: some measurements or runs failed; the others are finished and stored.
     """
     settings, store, place = begin(store_uri, settings_file)
-    study = make_entropy_plan(settings, experiment or None, list(overrides))
+    study = _plan(settings, store, experiment or None, list(overrides))
     errors = _train(study, store, place, settings.runtime) + _measure(study, store, place, settings.runtime)
     fine, damaged = artifacts.intact(store, study.specs)
     rows = compute(study.runs, store, place, settings.runtime) if study.runs else []
     return _publish(study, store, place, fine, outcome(study, fine, rows, errors + damaged))
+
+
+def _plan(settings: Settings, store: Store, experiment: str | None, overrides: list[str]) -> EntropyPlan:
+    """The study asked for, once it is clear that nothing is in its way."""
+    study = make_entropy_plan(settings, experiment, overrides)
+    measured = {manifest.id for manifest in store.manifests(entropy_address(spec.entropy_id) for spec in study.specs)}
+    check([spec.target for spec in study.specs if spec.entropy_id not in measured], store)
+    check_runs(study.runs, store)
+    return study
 
 
 def _train(study: EntropyPlan, store: Store, place: Place, runtime: Runtime) -> list[str]:
@@ -105,7 +115,7 @@ def main() -> int:
     given = options.parse_args()
     arguments = (given.experiment, given.overrides)
     command = Command(
-        entropy, plan=lambda settings, _store, _: make_entropy_plan(settings, *arguments), listing=describe,
+        entropy, plan=lambda settings, store, _: _plan(settings, store, *arguments), listing=describe,
         name=lambda study: f"{study.name}: {len(study.specs)} updates", preview=preview, arguments=lambda _: arguments,
         show=lambda _, result, __: text(result),
     )  # fmt: skip

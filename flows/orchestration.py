@@ -6,7 +6,7 @@ import argparse
 import base64
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from prefect import Flow
@@ -16,16 +16,7 @@ from prefect.states import State
 from flows.ends import Stop
 from flows.server import tie_server
 from flows.tasks import open_place
-from lambda_hat.manifest import (
-    Address,
-    ArtifactError,
-    Manifest,
-    StoreUnavailable,
-    diagnosis_address,
-    run_address,
-    target_address,
-)
-from lambda_hat.run import RunSpec
+from lambda_hat.manifest import ArtifactError, StoreUnavailable
 from lambda_hat.settings import Settings
 from lambda_hat.spec import InvalidInput
 from lambda_hat.store import Store
@@ -43,18 +34,6 @@ class RunsFailed(Exception):
 
     def __str__(self) -> str:
         return self.message
-
-
-def steps(spec: RunSpec) -> tuple[Address, Address, Address]:
-    """What a finished run has in the store: its target, its draws, its diagnosis."""
-    ids = spec.target_id, spec.run_id
-    return target_address(spec.target_id), run_address(*ids), diagnosis_address(*ids)
-
-
-def found(store: Store, specs: Sequence[RunSpec]) -> dict[Address, Manifest]:
-    """Which steps of these runs the store has; a remote one is asked for many at a time."""
-    addresses = dict.fromkeys(address for spec in specs for address in steps(spec))
-    return {manifest.address: manifest for manifest in store.manifests(addresses)}
 
 
 def publish_to_ui(key: str, rows: list[dict[str, str]], plots: dict[str, bytes], heading: str, page: str) -> None:

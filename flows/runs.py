@@ -10,9 +10,10 @@ from prefect.logging import get_run_logger
 from prefect.states import State
 
 from flows.engines import engine, final_state, submit_ahead
-from flows.orchestration import found, publish_to_ui, reason, steps
+from flows.orchestration import publish_to_ui, reason
 from flows.tasks import Place, build_target, compare, diagnose, sample
 from lambda_hat import artifacts, report
+from lambda_hat.artifacts import found, steps
 from lambda_hat.manifest import Address, Manifest, target_address
 from lambda_hat.run import RunSpec, batches, labels
 from lambda_hat.settings import Runtime

@@ -17,6 +17,7 @@ from lambda_hat import artifacts, report
 from lambda_hat.batch_size.plan import with_stored
 from lambda_hat.manifest import sweep_address
 from lambda_hat.plan import check_own, describe, make_plan
+from lambda_hat.preflight import check_runs
 from lambda_hat.run import RunSpec
 from lambda_hat.settings import Settings
 from lambda_hat.spec import InvalidInput
@@ -55,7 +56,15 @@ def sweep(
 def _plan(
     settings: Settings, store: Store, experiment: str | None, overrides: list[str], from_run: str | None
 ) -> list[RunSpec]:
-    """The runs asked for."""
+    """The runs asked for, once it is clear that nothing is in their way."""
+    specs = _asked(settings, store, experiment, overrides, from_run)
+    check_runs(specs, store)
+    return specs
+
+
+def _asked(
+    settings: Settings, store: Store, experiment: str | None, overrides: list[str], from_run: str | None
+) -> list[RunSpec]:
     if from_run is None:
         return make_plan(with_stored(settings, store, overrides), experiment, overrides)
     if experiment or overrides:

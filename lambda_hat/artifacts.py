@@ -41,6 +41,18 @@ from lambda_hat.targets.custom import CustomSpec
 from lambda_hat.trace import Checkpoint, Trace
 
 
+def steps(spec: RunSpec) -> tuple[Address, Address, Address]:
+    """What a finished run has in the store: its target, its draws, its diagnosis."""
+    ids = spec.target_id, spec.run_id
+    return target_address(spec.target_id), run_address(*ids), diagnosis_address(*ids)
+
+
+def found(store: Store, specs: Sequence[RunSpec]) -> dict[Address, Manifest]:
+    """Which steps of these runs the store has; a remote one is asked for many at a time."""
+    addresses = dict.fromkeys(address for spec in specs for address in steps(spec))
+    return {manifest.address: manifest for manifest in store.manifests(addresses)}
+
+
 def build_target(spec: TargetSpec, store: Store, progress: Progress = no_progress) -> Manifest:
     """Builds the target, or finds it: its arrays as .npz files (docs/storage.md), and its metrics as summary.
 

@@ -302,6 +302,7 @@ def _pull(store: Store, options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     to = Store(options.to)
+    to.check_writable()
     chosen = [part for text in options.ids for part in store.related(store.find(text))]
     manifests = store.manifests(dict.fromkeys(chosen) if options.ids else store.addresses())
     if not manifests:

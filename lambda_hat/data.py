@@ -8,6 +8,7 @@ import io
 import math
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal, Self
@@ -147,6 +148,12 @@ def fashion_mnist(part: Literal["train", "t10k"]) -> tuple[np.ndarray, np.ndarra
     return x.astype(np.float32) / 255, np.frombuffer(labels, np.uint8, offset=8).astype(np.int32)
 
 
+def check_fashion_mnist() -> None:
+    """Raises InvalidInput where one of Fashion-MNIST's files is not there, or is not its own."""
+    for name in _FASHION_MNIST:
+        _idx(name)
+
+
 def _idx(name: str) -> bytes:
     folder = Path(os.environ.get(FASHION_MNIST_VARIABLE, "/usr/share/datasets/fashion-mnist"))
     path = folder / f"{name}.gz"
@@ -156,7 +163,10 @@ def _idx(name: str) -> bytes:
             "`apt-get install dataset-fashion-mnist` installs them; if they are elsewhere, name the folder in the "
             f"environment variable {FASHION_MNIST_VARIABLE}."
         )
-    content = gzip.decompress(path.read_bytes())
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise InvalidInput(f"{path} must be a whole .gz file that can be read; {error}. Install the file again.") from error
     if hashlib.sha256(content).hexdigest() != _FASHION_MNIST[name]:
         raise InvalidInput(f"{path} must be Fashion-MNIST's, but its content is another's. Install the file again.")
     return content
@@ -183,10 +193,15 @@ def process_mnist1m(zips: Sequence[Path], output: Path, progress: Progress = no_
       are a sample of all of them; the same for the same zips in the same order. It appears only when it is whole.
 
     Raises:
+      OSError: the file cannot be written.
       InvalidInput: a zip is not there, or does not hold what it must.
     """
     if not zips:
         raise InvalidInput("MNIST-1M is made of its raw zips; got none. Name them all.")
+    made = output / MNIST1M_FILE if output.is_dir() else output
+    unfinished = made.with_name(f".{made.name}.tmp")
+    unfinished.open("wb").close()  # before all the reading
+    unfinished.unlink()
     images, labels = [], []
     for done, path in enumerate(zips, 1):
         for x, y in _mnist1m_pairs(Path(path)):
@@ -194,11 +209,9 @@ def process_mnist1m(zips: Sequence[Path], output: Path, progress: Progress = no_
             labels.append(y)
         progress(done, len(zips), "zips", f"{sum(map(len, labels))} images")
     order = np.random.default_rng(0).permutation(sum(map(len, labels)))
-    path = output / MNIST1M_FILE if output.is_dir() else output
-    unfinished = path.with_name(f".{path.name}.tmp")
     with unfinished.open("wb") as file:
         np.savez_compressed(file, x=np.concatenate(images)[order], y=np.concatenate(labels)[order])
-    return unfinished.replace(path)
+    return unfinished.replace(made)
 
 
 def mnist1m(n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -217,7 +230,7 @@ def mnist1m(n: int) -> tuple[np.ndarray, np.ndarray]:
     try:
         with zipfile.ZipFile(path) as archive:
             (x, total), (y, _) = (_head(archive, f"{name}.npy", n) for name in "xy")
-    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, KeyError, ValueError) as error:
         raise InvalidInput(
             f"{path} must be made by `lambda-hat data process-mnist1m`; it is not: {error}. Make it again."
         ) from error
@@ -274,5 +287,5 @@ def _raw_array(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
             raise ValueError("it is neither .npy nor idx of unsigned bytes")
         start = 4 + 4 * content[3]
         return np.frombuffer(content, np.uint8, offset=start).reshape(np.frombuffer(content[4:start], ">u4"))
-    except (ValueError, IndexError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, IndexError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise InvalidInput(f"{name} in {path} must be an array; it cannot be read: {error}. Get the zip again.") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
@@ -74,6 +75,25 @@ class Storage:
             else:
                 self._call(self._fs.pipe_file, path, data)
         except _ABSENT as error:  # no bucket, or a file where a folder is needed
+            raise self._unavailable(error) from error
+
+    def check_writable(self) -> None:
+        """Raises InvalidInput or StoreUnavailable where nothing can be written below the root. Leaves nothing behind, no empty
+        folder either: a folder that is not there yet is tried where it would be made."""
+        if not self.local:
+            probe = f"{self.root}/.probe-{uuid.uuid4().hex}"
+            self.write(probe, b"")
+            self.remove(probe, [probe])
+            return
+        try:
+            folder = next(folder for folder in (Path(self.root), *Path(self.root).parents) if os.path.lexists(folder))
+            if not folder.is_dir():
+                raise InvalidInput(
+                    f"A local store is a folder; got {self.root!r}, but {folder} is no folder: name another path."
+                )
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(b"0")
+        except OSError as error:
             raise self._unavailable(error) from error
 
     def remove(self, path: str, files: Iterable[str]) -> None:

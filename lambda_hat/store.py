@@ -83,6 +83,10 @@ class Store:
         self.uri: str = self._storage.uri
         self._cache = Path(cache).expanduser() if cache and not self._storage.local else None
 
+    def check_writable(self) -> None:
+        """Raises InvalidInput or StoreUnavailable where nothing can be published here; leaves nothing behind."""
+        self._storage.check_writable()
+
     def publish(
         self, address: Address, files: Mapping[str, bytes], *, spec: dict[str, Any], summary: dict[str, Any]
     ) -> Manifest:

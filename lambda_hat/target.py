@@ -69,6 +69,16 @@ class TargetSpec(Spec):
         """Number of training samples n."""
         return self.data.n_data  # type: ignore[attr-defined]
 
+    def check_sources(self, built: bool) -> None:
+        """Looks for what the target needs from outside, files or a function, before any work.
+
+        Args:
+          built: whether it is in the store, so that only what its loss needs is looked for.
+
+        Raises:
+          InvalidInput: something is not there, cannot be read, or is not what it must be.
+        """
+
     def build(self, progress: Progress = no_progress, resume: Unfinished | None = None, save: Save | None = None) -> Target:
         """Makes the data and finds w*.
 

@@ -18,7 +18,7 @@ ROOMS = [
     "selection", "full_data", "metric", "posterior", "user_arrays", "loss_checks", "wrap",
     "targets", "samplers",
     "run", "plan", "trace", "program", "sampling", "llc", "observables", "remedies", "diagnostics", "plots",
-    "api", "html", "artifacts", "gallery", "report", "study_views", "batch_size", "entropy", "runtime", "cli",
+    "api", "html", "artifacts", "preflight", "gallery", "report", "study_views", "batch_size", "entropy", "runtime", "cli",
 ]  # fmt: skip
 
 

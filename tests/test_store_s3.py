@@ -106,6 +106,13 @@ def test_what_is_published_is_read(store, address):
         store.read(address, "parms.npz")
 
 
+def test_a_store_that_is_tried_is_left_as_it_was(store):
+    store.publish(ADDRESSES[0], FILES, spec={}, summary={})
+    before = everything(store)
+    store.check_writable()
+    assert everything(store) == before
+
+
 def test_a_bucket_is_a_store(server):
     fsspec.filesystem("s3").mkdir("whole")
     for uri in ("s3://whole", "s3://whole/"):
@@ -500,6 +507,7 @@ def test_credentials_that_may_only_read(store, fussy, tmp_path):
     for call in (
         lambda: reader.publish(ADDRESSES[1], FILES, spec={}, summary={}),
         lambda: reader.save_checkpoint(ADDRESSES[1], b""),
+        reader.check_writable,
     ):
         with pytest.raises(StoreUnavailable, match="Access Denied"):
             call()

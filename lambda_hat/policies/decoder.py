@@ -94,10 +94,11 @@ class Decoder(NamedTuple):
     """The network as pure functions. Parameters are {module: {name: array}}, weights (in, out).
 
     init: (seed, dtype) -> params, on the host: weights from N(0, 1/in), embeddings from N(0, 1/width), scales 1, biases 0; the
-      same numbers in every dtype. init_caches: (B, S, dtype) -> empty ones.
+      same numbers in every dtype. shapes: () -> what init gives, without the numbers. init_caches: (B, S, dtype) -> empty ones.
     """
 
     init: Callable[[tuple[int, ...], Any], Params]
+    shapes: Callable[[], Params]
     apply: Apply
     step: Step
     init_caches: Callable[[int, int, Any], Caches]
@@ -140,9 +141,11 @@ def decoder(spec: DecoderSpec, vocab_size: int) -> Decoder:
         params, adapters = params if isinstance(params, Adapted) else (params, {})
         return network.apply(params, tokens_BT, positions_BT, caches, adapters)
 
-    def init(seed: tuple[int, ...], dtype: Any) -> Params:
+    def shapes() -> Params:
         zeros = np.zeros((1, 1), np.int32)
-        shapes = jax.eval_shape(network.init, jax.random.key(0), zeros, zeros, None, {})
+        return jax.eval_shape(network.init, jax.random.key(0), zeros, zeros, None, {})
+
+    def init(seed: tuple[int, ...], dtype: Any) -> Params:
         rng = np.random.default_rng(seed)
 
         def initial(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -151,7 +154,7 @@ def decoder(spec: DecoderSpec, vocab_size: int) -> Decoder:
             fan_in = spec.width if name == "embeddings" else shape[0]
             return (rng.standard_normal(shape) / math.sqrt(fan_in)).astype(dtype)
 
-        return {module: {name: initial(name, leaf.shape) for name, leaf in own.items()} for module, own in shapes.items()}
+        return {module: {name: initial(name, leaf.shape) for name, leaf in own.items()} for module, own in shapes().items()}
 
     def apply(params: Params, tokens_BT: jax.Array) -> jax.Array:
         positions = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
@@ -165,7 +168,7 @@ def decoder(spec: DecoderSpec, vocab_size: int) -> Decoder:
         values = jnp.zeros((batch, spec.num_kv_heads, length, spec.head_dim), dtype)
         return (Cache(values.swapaxes(2, 3), values),) * spec.num_layers
 
-    return Decoder(init, apply, step, init_caches)
+    return Decoder(init, shapes, apply, step, init_caches)
 
 
 def _linear(name: str, width: int, x: jax.Array, with_bias: bool = False) -> jax.Array:

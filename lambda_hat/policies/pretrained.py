@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from lambda_hat.policies.decoder import DecoderSpec
+from lambda_hat.policies.decoder import DecoderSpec, decoder
 from lambda_hat.policies.tokenizer import TextTokenizer
 from lambda_hat.spec import InvalidInput, Spec
 from lambda_hat.target import Params
@@ -71,12 +71,24 @@ class Source(NamedTuple):
 
 @functools.cache
 def open_pretrained(spec: PretrainedSpec) -> Opened:
-    """The files of a spec, checked; once a process.
+    """The files of a spec, checked, every number of them; once a process.
 
     Raises:
-      InvalidInput: they are not there, are not those of `spec.sha256`, or hold what `lambda_hat.policies.decoder` does not
-        compute.
+      InvalidInput: they are not there, cannot be read, are not whole or not those of `spec.sha256`, or hold what
+        `lambda_hat.policies.decoder` does not compute.
     """
+    try:
+        return _open(spec)
+    except InvalidInput:
+        raise
+    except Exception as error:  # each of the packages that read the files has its own
+        raise InvalidInput(
+            f"The files of a pretrained model must be whole and readable; those of {spec.path!r} are not: "
+            f"{type(error).__name__}: {error}. Get them again."
+        ) from error
+
+
+def _open(spec: PretrainedSpec) -> Opened:
     path = find(spec.path)
     found = fingerprint(path)
     if found != spec.sha256:
@@ -100,6 +112,20 @@ def open_pretrained(spec: PretrainedSpec) -> Opened:
         raise InvalidInput(
             f"A model's tensors must be those of Llama or Qwen2; {spec.path!r} has {unknown[0]!r} besides. Take another model."
         )
+
+    shapes = decoder(source.model, source.tokenizer.vocab_size).shapes()
+    for module, leaf, name in tensors:
+        array, shape = source.tensor(name), shapes[module][leaf].shape
+        expected = shape[::-1] if leaf == "w" else shape
+        if array.shape != expected:
+            raise InvalidInput(
+                f"The tensors of a model must have the shapes that its configuration gives; {name!r} of {spec.path!r} is "
+                f"{array.shape}, not {expected}. Get it whole."
+            )
+        if not np.isfinite(array).all():
+            raise InvalidInput(
+                f"A model's weights must be finite; {name!r} of {spec.path!r} has NaN or infinity. Get it again."
+            )
 
     def load(dtype: Any) -> Params:
         params: dict[str, dict[str, np.ndarray]] = {}

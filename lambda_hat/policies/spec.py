@@ -127,6 +127,10 @@ class PolicySpec(TargetSpec):
             return TokenizedTask(self.task, Tokenizer(self.task.characters))
         return TokenizedTask(self.task, open_pretrained(self.model).tokenizer)
 
+    def check_sources(self, built: bool) -> None:
+        if isinstance(self.model, PretrainedSpec):
+            open_pretrained(self.model)  # its loss needs them too
+
     def build(self, progress: Progress = no_progress, resume: Unfinished | None = None, save: Save | None = None) -> Target:
         """Trains the policy; see `TargetSpec.build`.
 

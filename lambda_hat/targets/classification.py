@@ -107,6 +107,10 @@ class _FashionMnistImages(_ClassificationSpec):
     training: TrainingSpec = TrainingSpec(learning_rate=1e-3, batch_size=256)
     side = 28
 
+    def check_sources(self, built: bool) -> None:
+        if not built:
+            data.check_fashion_mnist()
+
     def images(self) -> tuple[Dataset, Dataset]:
         (x, y), (x_test, y_test) = (data.fashion_mnist(part) for part in ("train", "t10k"))
         n, n_test = self.data.n_data, self.data.n_test

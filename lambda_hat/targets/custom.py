@@ -6,6 +6,7 @@ import functools
 import importlib
 import inspect
 import json
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -45,6 +46,9 @@ class CustomSpec(TargetSpec):
     def __hash__(self) -> int:
         return hash(self.canonical_json())
 
+    def check_sources(self, built: bool) -> None:
+        _function(self.path, canonical_json(self.arguments), self.seed)
+
     def build(self, progress: Progress = no_progress, resume: Unfinished | None = None, save: Save | None = None) -> Target:
         wrapped = self._wrapped()
         if wrapped.dataset.num_data != self.data.n_data:
@@ -65,16 +69,19 @@ class CustomSpec(TargetSpec):
         return _call(self.path, self.version, canonical_json(self.arguments), self.seed, self.precision)
 
 
-@functools.lru_cache(maxsize=8)  # the data come with the loss, and equal specs must share their loss
-def _call(path: str, version: str, arguments: str, seed: int, precision: Precision) -> Wrapped:
+def _function(path: str, arguments: str, seed: int) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The function at an import path, and the keywords it is to be called with."""
     module_name, _, name = path.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever a user's module raises
+        what = str(error) if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
         raise InvalidInput(
-            f"path must name a function Python can import, as package.module:function; got {path!r}: {error}. "
-            "Install its package, or put its folder on PYTHONPATH."
+            f"path must name a function Python can import, as package.module:function; got {path!r}: {what}. "
+            "Install its package, put its folder on PYTHONPATH, or correct the module."
         ) from error
+    if not callable(function):
+        raise InvalidInput(f"path must name a function; {path!r} is {shortened(function)}. Correct it.")
     keywords = json.loads(arguments)
     try:
         signature = inspect.signature(function)
@@ -85,6 +92,12 @@ def _call(path: str, version: str, arguments: str, seed: int, precision: Precisi
         raise InvalidInput(
             f"arguments must be those of {path}; got {shortened(keywords)}: {error}. Set target.arguments."
         ) from None
+    return function, keywords
+
+
+@functools.lru_cache(maxsize=8)  # the data come with the loss, and equal specs must share their loss
+def _call(path: str, version: str, arguments: str, seed: int, precision: Precision) -> Wrapped:
+    function, keywords = _function(path, arguments, seed)
     with jax.enable_x64(precision == "float64"):
         returned = function(**keywords)
         if not isinstance(returned, tuple) or len(returned) not in (3, 4):

@@ -134,6 +134,10 @@ class TrialSpec(TargetSpec):
         """This spec with eta, richness and seed at fixed values: trials of equal ones are trained together."""
         return self.model_copy(update={"eta": 1.0, "richness": 1.0, "seed": 0, "checkpoint": None})
 
+    def check_sources(self, built: bool) -> None:
+        if not built and self.task.kind == "images":
+            self.task.load(self.precision)
+
     def build(self, progress: Progress = no_progress, resume: Unfinished | None = None, save: Save | None = None) -> Target:
         """Trains this trial alone, by the engine that trains many; see `TargetSpec.build`.
 
