@@ -21,9 +21,11 @@ import numpy as np
 import optax
 from jax.tree_util import Partial
 
-from lambda_hat.entropy.sequences import Batch, as_partial, in_chunks
+from lambda_hat.entropy.checks import check_finite, check_like
+from lambda_hat.entropy.sequences import Batch, as_partial, check_sequences, in_chunks
 from lambda_hat.policies.decoder import Apply
 from lambda_hat.policies.objective import policy_loss
+from lambda_hat.selection import tensor_name
 from lambda_hat.spec import InvalidInput
 from lambda_hat.target import Params
 
@@ -71,7 +73,6 @@ def adam_state(opt_state: Any) -> optax.ScaleByAdamState:
     return found[0]
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def take_apart(hyper: AdamW, state: Any, params: Params, gradient: Params, decay_mask: Params | None = None) -> Update:
     """The step that follows from an aggregate gradient, before clipping, and its parts.
 
@@ -79,7 +80,26 @@ def take_apart(hyper: AdamW, state: Any, params: Params, gradient: Params, decay
       state: before the step, with `count`, `mu` and `nu`: an `optax.ScaleByAdamState` or a policy's checkpoint.
       gradient: of the whole loss, `aggregate_gradient`.
       decay_mask: which parameters decay, a tree of booleans or a prefix of one, as Optax's `mask`; none = all.
+
+    Raises:
+      InvalidInput: the gradient or the moments have not the parameters' tensors, in their shapes, or numbers that are not
+        finite; nu is negative somewhere.
     """
+    check_finite("params", params)
+    for name, tree in (("The gradient", gradient), ("The moments mu", state.mu), ("The moments nu", state.nu)):
+        check_like(name, tree, params)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state.nu)[0]:
+        if np.min(leaf, initial=0.0) < 0:
+            raise InvalidInput(
+                f"The moments nu are means of squares, at least 0; got {np.min(leaf):.3g} in {tensor_name(path)!r}. Is it mu?"
+            )
+    return _take_apart(hyper, optax.ScaleByAdamState(state.count, state.mu, state.nu), params, gradient, decay_mask)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _take_apart(
+    hyper: AdamW, state: optax.ScaleByAdamState, params: Params, gradient: Params, decay_mask: Params | None
+) -> Update:
     norm = optax.tree.norm(gradient)
     clip = jnp.minimum(1, hyper.max_norm / norm).astype(norm.dtype)  # infinite for no gradient, and then 1
     count = state.count + 1
@@ -136,6 +156,10 @@ def aggregate_gradient(apply: Apply, params: Params, batch: Batch, weights_B: An
 
     Args:
       weights_B: of `lambda_hat.policies.objective.sequence_weights`, flat.
+
+    Raises:
+      InvalidInput: see `lambda_hat.entropy.sequences.check_sequences`.
     """
+    batch = check_sequences(apply, params, batch, weights_B)
     weights = np.asarray(weights_B, np.promote_types(jax.tree.leaves(params)[0].dtype, np.float32))
     return _summed(Partial(_chunk_gradient, as_partial(apply)), params, in_chunks((batch, weights), chunk_size))

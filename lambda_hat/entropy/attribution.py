@@ -22,9 +22,10 @@ from jax.tree_util import Partial
 
 from lambda_hat.chunks import Progress, no_progress
 from lambda_hat.entropy.adamw import Update, precondition, sequence_gradients
+from lambda_hat.entropy.checks import check_like
 from lambda_hat.entropy.estimators import Integrand, evaluate, evaluate_chunk, weighted_integrand, with_baselines
 from lambda_hat.entropy.importance import Evaluation, Snis, snis
-from lambda_hat.entropy.sequences import Batch, as_partial, in_chunks
+from lambda_hat.entropy.sequences import Batch, as_partial, check_sequences, in_chunks
 from lambda_hat.policies.decoder import Apply
 from lambda_hat.target import Params, chunk_size
 
@@ -133,7 +134,11 @@ def attribution_matrix(
       grad_chunk: training sequences whose v_i are held together: for each chunk the evaluation gradients are computed anew.
         sequence_chunk: sequences whose gradients are computed together.
       resume: what `save` received last in an interrupted call.
+
+    Raises:
+      InvalidInput: see `lambda_hat.entropy.sequences.check_sequences`.
     """
+    training, evaluation = _checked(apply, params, training), check_sequences(apply, params, evaluation, None, baselines_BT)
     num_evaluated, total = len(evaluation.tokens_BT), len(training.weights)
     chunks = with_baselines(params, evaluation, baselines_BT, sequence_chunk)
     grad_chunk = chunk_size(total, grad_chunk)
@@ -226,7 +231,11 @@ def entropy_changes(
       resume: what `save` received last in an interrupted call.
       references: of `evaluate_references` with the same arguments and this eta among its etas; none = evaluated here.
       gradient_apply: the policy as the update's gradients were computed, in bfloat16 perhaps; none = `apply`.
+
+    Raises:
+      InvalidInput: see `lambda_hat.entropy.sequences.check_sequences`.
     """
+    training, evaluation = _checked(apply, params, training), check_sequences(apply, params, evaluation)
     grad_chunk = chunk_size(len(training.weights), grad_chunk)
     if references is None:
         references = evaluate_references(apply, params, training, evaluation, [eta], integrand, grad_chunk, sequence_chunk)
@@ -252,6 +261,13 @@ def entropy_changes(
     )
 
 
+def _checked(apply: Apply, params: Params, training: Training) -> Training:
+    """Raises InvalidInput: see `check_sequences`."""
+    batch = check_sequences(apply, params, training.batch, training.weights)
+    check_like("The update", training.update.preconditioner, params)
+    return training._replace(batch=batch)
+
+
 @jax.jit
 def _added(parts: Params, baseline: Params) -> Params:
     """b + v_i, with a leading axis of sequences."""
@@ -266,6 +282,7 @@ def _parts(apply: Partial, params: Params, batch: Batch, weights: Any, precondit
 
 def gradient_norms(apply: Apply, params: Params, training: Training, grad_chunk: int = 8) -> np.ndarray:
     """|g_i| of each training sequence, (N_U,), in float64, at most `grad_chunk` of them at a time."""
+    training = _checked(apply, params, training)
     grad_chunk = chunk_size(len(training.weights), grad_chunk)
     ones = jax.tree.map(np.ones_like, training.update.preconditioner)
 

@@ -23,7 +23,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from lambda_hat.entropy.importance import Evaluation
-from lambda_hat.entropy.sequences import Batch, TokenStats, as_partial, in_chunks, moved, token_stats
+from lambda_hat.entropy.sequences import Batch, TokenStats, as_partial, check_sequences, in_chunks, moved, token_stats
 from lambda_hat.policies.decoder import Apply
 from lambda_hat.spec import InvalidInput
 from lambda_hat.target import Params, chunk_size
@@ -120,6 +120,7 @@ def evaluate(
         nearly equal sizes.
       which_K: of the directions, each policy's; none = one after the other.
     """
+    batch = check_sequences(apply, params, batch)
     etas_K = np.asarray(etas_K, np.float64)
     which_K = np.arange(len(etas_K)) if which_K is None else which_K
     chunks = in_chunks(batch, sequence_chunk)
@@ -254,6 +255,7 @@ def orders(
       weights_B: the sequences' probabilities where they are an enumeration; none = an independent sample, 1/N each.
     """
     size = len(batch.tokens_BT)
+    batch = check_sequences(apply, params, batch, weights_B, baselines_BT, "weights_B")
     chunks = with_baselines(params, batch, baselines_BT, sequence_chunk)
     count = len(jax.tree.leaves(directions)[0])
 

@@ -15,12 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from lambda_hat.entropy.checks import check_finite
 from lambda_hat.policies.decoder import Apply
 from lambda_hat.policies.generate import token_statistics
 from lambda_hat.spec import InvalidInput
 from lambda_hat.target import Params, chunk_size
 
 Arrays = TypeVar("Arrays")
+
+
+#: Under jit, so that a policy is traced for its vocabulary once.
+_logits = jax.jit(lambda apply, params, tokens_BT: apply(params, tokens_BT))
 
 
 class Batch(NamedTuple):
@@ -40,17 +45,33 @@ class TokenStats(NamedTuple):
     entropies_BT: Any
 
 
-def check_batch(batch: Batch) -> Batch:
-    """The batch on the host, as int32 tokens and a mask of bool.
+def check_batch(batch: Batch, attention_BT: Any = None) -> Batch:
+    """The batch on the host, as int32 tokens and a mask of bool, padded on the right.
+
+    Args:
+      attention_BT: which tokens are the sequence's and not padding, as Hugging Face's `attention_mask`: what is padded on the
+        left begins at its first token then. None = all from the first on.
 
     Raises:
-      InvalidInput: shapes differ, or a completion is empty, is not one run of tokens, or has no token before it.
+      InvalidInput: shapes differ, tokens are no whole numbers, a completion is empty, is not one run of tokens, or has no token
+        before it; the batch is padded on the left, or within a sequence.
     """
     tokens, mask = np.asarray(batch.tokens_BT), np.asarray(batch.mask_BT).astype(bool)
-    if tokens.ndim != 2 or tokens.shape != mask.shape:
+    attention = np.ones_like(mask) if attention_BT is None else np.asarray(attention_BT).astype(bool)
+    if tokens.ndim != 2 or not tokens.shape == mask.shape == attention.shape:
         raise InvalidInput(
-            f"Tokens and mask must have one shape (sequences, length); got {tokens.shape} and {mask.shape}. Pad on the right."
+            f"Tokens and masks must have one shape (sequences, length); got {tokens.shape} and "
+            f"{mask.shape if attention_BT is None else (mask.shape, attention.shape)}. Pad on the right."
         )
+    if not len(tokens) or not np.issubdtype(tokens.dtype, np.integer):
+        raise InvalidInput(
+            f"Tokens must be whole numbers, of one sequence at least; got {len(tokens)} sequences of {tokens.dtype}. "
+            "Pass their ids."
+        )
+    if attention_BT is None:
+        _refuse_left_padding(tokens, mask)
+    else:
+        tokens, mask = _from_the_left(tokens, mask, attention)
     runs = np.sum(np.diff(mask.astype(np.int8), axis=1) == 1, axis=1)
     wrong = np.flatnonzero(mask[:, 0] | (runs != 1))
     if wrong.size:
@@ -61,9 +82,81 @@ def check_batch(batch: Batch) -> Batch:
     return Batch(tokens.astype(np.int32), mask)
 
 
+def _from_the_left(tokens: np.ndarray, mask: np.ndarray, attention: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each sequence moved to begin at its first token that is no padding."""
+    starts, counts = np.argmax(attention, axis=1), np.sum(attention, axis=1)
+    places = np.arange(tokens.shape[1])[None]
+    runs = attention == ((places >= starts[:, None]) & (places < (starts + counts)[:, None]))
+    wrong = np.flatnonzero(~runs.all(axis=1) | (counts == 0) | (mask & ~attention).any(axis=1))
+    if wrong.size:
+        raise InvalidInput(
+            "A sequence's tokens must be one run with its completion inside; got the attention mask "
+            f"{attention[wrong[0]].astype(int).tolist()} for sequence {wrong[0]}. Pad at the ends alone."
+        )
+    moved = (places + starts[:, None]) % tokens.shape[1]
+    return np.take_along_axis(tokens, moved, axis=1), np.take_along_axis(mask, moved, axis=1)
+
+
+def _refuse_left_padding(tokens: np.ndarray, mask: np.ndarray) -> None:
+    """Raises InvalidInput: completions begin at one place, behind prompts that one token, found nowhere else in them, fills up
+    on the left, to that of the longest or to a start token. To the policy it would be text."""
+    starts = np.argmax(mask, axis=1)
+    longest = np.argmax(np.cumprod(tokens == tokens[:, :1], axis=1).sum(axis=1))
+    pad = tokens[longest, 0]
+    runs = np.cumprod(tokens == pad, axis=1).sum(axis=1)
+    if np.ptp(starts) or runs.max() < 2 or runs.min() == runs.max() or runs.max() >= starts[0]:
+        return
+    within = (np.arange(tokens.shape[1])[None] >= runs[:, None]) & (np.arange(tokens.shape[1])[None] < starts[:, None])
+    first = tokens[np.arange(len(tokens)), runs]
+    if not (within & (tokens == pad)).any() and (runs.min() == 0 or len(set(first.tolist())) == 1):
+        raise InvalidInput(
+            f"Sequences must be padded on the right; some begin with up to {runs.max()} tokens {pad} that others have not. "
+            "Call check_batch with attention_BT, which is 0 at padding."
+        )
+
+
 def as_partial(apply: Apply) -> Partial:
     """The policy as a pytree, so that arrays which it holds are arguments of compiled programs."""
     return apply if isinstance(apply, Partial) else Partial(apply)
+
+
+def check_sequences(
+    apply: Apply, params: Params, batch: Batch, weights_B: Any = None, baselines_BT: Any = None, what: str = "weights"
+) -> Batch:
+    """The batch on the host, as `check_batch` has it.
+
+    Args:
+      weights_B: a finite number for each sequence, called `what`. baselines_BT: one for each token.
+
+    Raises:
+      InvalidInput: the batch, see `check_batch`; a token is not one of the policy's; a parameter, a weight or a baseline is not
+        finite; or there are not as many as sequences or tokens.
+    """
+    batch = check_batch(batch)
+    tokens = batch.tokens_BT
+    check_finite("params", params)
+    for name, given, shape in ((what, weights_B, tokens.shape[:1]), ("baselines_BT", baselines_BT, tokens.shape)):
+        if given is None:
+            continue
+        array = np.asarray(given)
+        if array.shape != shape:
+            of = "sequence" if len(shape) == 1 else "token"
+            raise InvalidInput(f"{name} must hold a number for each {of}, {shape}; got {array.shape}. Make them of this batch.")
+        check_finite(name, array)
+    logits = jax.eval_shape(_logits, as_partial(apply), params, tokens[:1])
+    if logits.shape[:2] != tokens[:1].shape or logits.ndim != 3:
+        raise InvalidInput(
+            f"A policy must give logits (sequences, length, vocabulary) of tokens (sequences, length); got {logits.shape} of "
+            f"{tokens[:1].shape}. Return them for every position."
+        )
+    wrong = np.argwhere((tokens < 0) | (tokens >= logits.shape[2]))
+    if len(wrong):
+        row, column = wrong[0]
+        raise InvalidInput(
+            f"Tokens must be numbers from 0 to {logits.shape[2] - 1}, of the policy's vocabulary; got {tokens[row, column]} in "
+            f"sequence {row} at {column}. Pad with one of its tokens, and use its own tokenizer."
+        )
+    return batch
 
 
 def token_stats(apply: Apply, params: Params, batch: Batch) -> TokenStats:
@@ -79,7 +172,12 @@ def _token_stats(apply: Partial, params: Params, chunks: Batch) -> TokenStats:
 
 
 def all_token_stats(apply: Apply, params: Params, batch: Batch, sequence_chunk: int = 64) -> TokenStats:
-    """`token_stats` on the host, at most `sequence_chunk` sequences at a time."""
+    """`token_stats` on the host, at most `sequence_chunk` sequences at a time.
+
+    Raises:
+      InvalidInput: see `check_sequences`.
+    """
+    batch = check_sequences(apply, params, batch)
     size = len(batch.tokens_BT)
     stats = _token_stats(as_partial(apply), params, in_chunks(batch, sequence_chunk))
     return TokenStats(*(np.asarray(array).reshape(-1, array.shape[-1])[:size] for array in stats))

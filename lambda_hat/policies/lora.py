@@ -50,16 +50,49 @@ def init_adapters(spec: LoraSpec, params: Params, seed: tuple[int, ...]) -> Para
     return adapters
 
 
+def check_adapters(spec: LoraSpec, params: Params, adapters: Params) -> None:
+    """Looks at shapes alone, so under jit too.
+
+    Raises:
+      InvalidInput: adapters are of a module that has no matrix, or not (in, rank) and (rank, out) of it: with another rank they
+        would be scaled by another alpha / rank.
+    """
+    for module, leaves in adapters.items():
+        if "w" not in params.get(module, {}):
+            raise InvalidInput(
+                f"Adapters must be of the network's matrices; got some of {module!r}, which has none. Take its own adapters."
+            )
+        width, out = params[module]["w"].shape
+        shapes = {name: tuple(leaf.shape[-2:]) for name, leaf in leaves.items()}
+        if shapes != {"a": (width, spec.rank), "b": (spec.rank, out)}:
+            raise InvalidInput(
+                f"Adapters of {module!r} must be a, {(width, spec.rank)}, and b, {(spec.rank, out)}, with rank={spec.rank}; "
+                f"got {', '.join(f'{name}, {shape}' for name, shape in shapes.items())}. "
+                "Set lora.rank to theirs, or take others."
+            )
+
+
 def joined(spec: LoraSpec | None, base: Params | None, params: Params) -> Params:
     """What a decoder's functions take as parameters: `params` themselves, or with a spec the frozen `base` with the adapters
-    `params`. A B is never formed, so that many adapters side by side are cheap."""
+    `params`. A B is never formed, so that many adapters side by side are cheap.
+
+    Raises:
+      InvalidInput: see `check_adapters`.
+    """
     if spec is None:
         return params
+    if base is not None:
+        check_adapters(spec, base, params)
     return Adapted(base, {module: (leaves["a"], spec.scale * leaves["b"]) for module, leaves in params.items()})
 
 
 def merge(spec: LoraSpec, params: Params, adapters: Params) -> Params:
-    """Parameters of the network without adapters that computes the same: W + (alpha / rank) A B."""
+    """Parameters of the network without adapters that computes the same: W + (alpha / rank) A B.
+
+    Raises:
+      InvalidInput: see `check_adapters`.
+    """
+    check_adapters(spec, params, adapters)
     merged = {module: dict(leaves) for module, leaves in params.items()}
     for module, leaves in adapters.items():
         merged[module]["w"] = merged[module]["w"] + spec.scale * (leaves["a"] @ leaves["b"])
