@@ -100,13 +100,14 @@ def measurement(spec, groups=3, size=10, batches=1, etas=(1e-3, 1e-2), exact=Tru
             "first": first, "first_error": 2.0, "second": second, "second_error": 10.0,
             "eta_star": 0.2 * abs(first) / second if second else None,
             "baseline_first": BASELINE * scale, "baseline_first_error": BASELINE_ERROR, "grad_first": sums.sum(),
+            "truncated": 0,
             "linearity": {"slope": 0.9 * first, "intercept": 0.0, "r_squared": 0.987, "rmse": 0.0, "max_residual": 0.0,
                           "worst": [0]} if len(etas) > 1 else None,
         })  # fmt: skip
     summary = {
         "checkpoint": spec.checkpoint, "eta_policy": ETA_POLICY, "num_update": count, "num_groups": groups,
         "groups_asked": groups, "resample_attempts": 0, "shortfall": 0, "accuracy": 0.4375, "clip": 0.5, "gradient_norm": 2.0,
-        "covariance": 0.0625, "integrand": "entropy", "evaluations": found, "seconds": 1.5, "made_with": {},
+        "covariance": 0.0625, "integrand": "entropy", "evaluations": found, "seconds": 1.5, "made_with": {}, "truncated": 0,
     } | changed  # fmt: skip
     own = EntropySpec(
         target=spec, etas=etas, update={"num_prompts": groups, "num_completions": 4},
@@ -540,6 +541,7 @@ def test_report_says_what_was_measured_and_found():
     assert [
         "policy seed=0 · update 0", "0.4375", "1.000 ± 0.050", "1.25", f"{first:.1f} ± 2.0", "-30.00 ± 0.70",
         f"{sums.sum():.1f} ± {SPREAD * sums.sum() / 3:.1f}", f"{0.2 * abs(first) / SECOND:.4g}", "0.0625", "opposite", "none",
+        "0 of 8, 0 of 10",
     ] in rows  # fmt: skip
     assert [
         "0.01", f"{0.009 * first:.4f} ± 0.0010", "-0.3000 ± 0.0020", f"{0.01 * sums.sum():.4g}", f"{-0.001 * first:.4g}",
@@ -571,9 +573,19 @@ def test_report_is_not_silent_about_groups_left_out():
     study = study_of(shortfall=2, groups_asked=5)
     page = Page(report(study))
     assert dict(page.settings)["groups left out"] == "8 of 20"
-    assert [row[-1] for row in page.rows if row[:2] == ["policy seed=0 · update 0", "0.4375"]] == ["2 of 5"]
+    assert [row[-2] for row in page.rows if row[:2] == ["policy seed=0 · update 0", "0.4375"]] == ["2 of 5"]
     assert "Completions of some prompts had equal rewards" in " ".join(page.texts)
     assert "Completions of some prompts" not in " ".join(Page(report(study_of())).texts)
+
+
+def test_report_is_not_silent_about_completions_cut_off():
+    page = Page(report(study_of(truncated=3)))
+    assert dict(page.settings)["completions cut off"] == "12 of 88"
+    assert [row[-1] for row in page.rows if row[:2] == ["policy seed=0 · update 0", "0.4375"]] == ["3 of 12, 0 of 10"]
+    assert "as many tokens as" in " ".join(page.texts)
+    whole = Page(report(study_of()))
+    assert dict(whole.settings)["completions cut off"] == "none"
+    assert "as many tokens as" not in " ".join(whole.texts)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

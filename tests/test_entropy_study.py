@@ -11,10 +11,11 @@ import pytest
 from flow_runs import made, runner, tasks, ui_artifacts
 
 from lambda_hat import artifacts as steps
+from lambda_hat.arrays import unpack_arrays
 from lambda_hat.cli import main
 from lambda_hat.entropy import artifacts
 from lambda_hat.entropy.attribution import evaluate_references
-from lambda_hat.entropy.batches import draw_evaluation, draw_update
+from lambda_hat.entropy.batches import draw_evaluation, draw_update, features
 from lambda_hat.entropy.measure import chunk_sizes, in_bfloat16, measure
 from lambda_hat.entropy.plan import check_entropy, describe, make_entropy_plan
 from lambda_hat.entropy.sequences import all_token_stats
@@ -130,6 +131,7 @@ def test_options_are_the_studys_own():
         (["seed=range(0,9999)", "update.num_prompts=1,2"], "at most 10000 measurements"),
         (["exact=true", "target.task.modulus=101"], "at most 16777216 completions"),
         (["integrand=entropie"], "integrand must be 'entropy'"),
+        (["target.task.max_length=0"], "greater than or equal to 1; got 0"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_refused(overrides, match):
@@ -190,6 +192,27 @@ def test_prompts_by_number_written_out_and_whole_sequences(policy):
     assert tokens.tolist() == [*policy.task.tokenizer.encode("2"), policy.task.end_token]
     with pytest.raises(InvalidInput, match="characters"):
         draw_evaluation(EvaluationSpec(prompts=("a", "b"), answers=("1", "1")), policy.policy, policy.task, 0, 0)
+
+
+def test_completions_cut_off_are_counted(stored, policy):
+    """By default a completion has at most the tokens of the longest answer, two here; with more, more of them end."""
+    found, shares = artifacts.load_measured(stored.store, stored.spec.entropy_id), []
+    for name, rows, summary in (
+        ("update", found.update, found.summary), ("eval_00", found.evaluations[0], found.summary["evaluations"][0]),
+    ):  # fmt: skip
+        arrays = unpack_arrays(stored.store.read(stored.manifest.address, f"{name}.npz"))
+        ended = [policy.task.end_token in row[mask] for row, mask in zip(arrays["tokens"], arrays["mask"], strict=True)]
+        assert rows["truncated"].tolist() == [not end for end in ended]
+        assert summary["truncated"] == rows["truncated"].sum()
+    assert found.summary["max_length"] == 2
+    for length in (None, 2, 6):
+        task = policy.task._replace(task=policy.task.task.model_copy(update={"max_length": length}))
+        drawn = draw_evaluation(EvaluationSpec(num_prompts=300), policy.policy, task, 0, 0)
+        assert drawn.completions_NL.shape == (300, length or 2)
+        stats = all_token_stats(policy.policy.apply, policy.policy.params, drawn.batch)
+        shares.append(features(drawn, stats, task)["truncated"].mean())
+    assert shares[0] == shares[1] > shares[2]
+    assert shares[0] > 0
 
 
 def test_batches_differ_by_seed_and_number_alone(policy):
@@ -405,6 +428,7 @@ def test_texts(stored):
     assert "2 updates of 1 policies, of which 1 are trained; 2 to measure" in preview(plan, stored.store)
     [row] = table(stored.store, [stored.spec, spec_of(seed=3)])
     assert row["flat groups"].endswith("of 3")
+    assert [part.split(" of ")[1] for part in row["cut off"].split(", ")] == ["12", "40"]
     assert entropy_address(row["measurement"]) == stored.manifest.address
 
 

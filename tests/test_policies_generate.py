@@ -106,6 +106,14 @@ def test_any_token_may_end_a_completion(params):
         both = min(size, list(other).index(EOS) + 1 if EOS in other else LENGTH)
         np.testing.assert_array_equal(completion[:both], other[:both])
     assert {EOS, end} <= set(np.unique(samples.completions[:, 0]))
+    # Several may, each of them.
+    several = generate(
+        NETWORK, params, keys(6, NUMBER), PROMPTS[np.zeros(NUMBER, int)], np.full(NUMBER, 3, np.int32), LENGTH,
+        end_token=np.array([end, EOS], np.int32),
+    )  # fmt: skip
+    for completion, other in zip(np.asarray(several.completions), np.asarray(samples.completions), strict=True):
+        size = min((list(other).index(token) + 1 for token in (end, EOS) if token in other), default=LENGTH)
+        np.testing.assert_array_equal(completion, [*other[:size], *[PAD] * (LENGTH - size)])
     # The end token may be the one that pads.
     tokens, mask = sequences(
         np.array([[3, 4]], np.int32), np.array([2], np.int32), np.array([[3, PAD, PAD]], np.int32), end_token=PAD

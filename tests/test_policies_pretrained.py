@@ -156,7 +156,7 @@ def neighbours(rows, heads):
     return rows[order]
 
 
-def write_gguf(path, tensors, pre="smollm", family="llama", rope_dimensions=WIDTH // HEADS):
+def write_gguf(path, tensors, pre="smollm", family="llama", rope_dimensions=WIDTH // HEADS, context_length=None, turn_end=None):
     writer = gguf.GGUFWriter(path, family)
     writer.add_block_count(LAYERS)
     writer.add_embedding_length(WIDTH)
@@ -172,6 +172,10 @@ def write_gguf(path, tensors, pre="smollm", family="llama", rope_dimensions=WIDT
     writer.add_token_types([gguf.TokenType.CONTROL if piece == "<|end|>" else gguf.TokenType.NORMAL for piece in PIECES])
     writer.add_token_merges([" ".join(merge) for merge in MERGES])
     writer.add_eos_token_id(END)
+    if turn_end is not None:
+        writer.add_eot_token_id(turn_end)
+    if context_length is not None:
+        writer.add_context_length(context_length)
     names = {
         "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "model.layers": "blk",
         "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
@@ -228,6 +232,7 @@ def test_quantised_weights_are_near(tmp_path):
         ({"num_hidden_layers": 1}, "has 'model.layers.1.input_layernorm.weight' besides"),
         ({"num_hidden_layers": 3}, "lacks 'model.layers.2.input_layernorm.weight'"),
         ({"eos_token_id": None}, "must name its eos_token_id"),
+        ({"eos_token_id": VOCAB}, f"from 0 to {VOCAB - 1}, of the model's vocabulary; '.*' names {VOCAB}"),
     ],
 )
 def test_other_architectures_are_refused(tmp_path, changes, message):
@@ -295,6 +300,42 @@ def test_tasks_take_the_models_tokens(tmp_path):
     assert few.text(prompts.answers[0]) == "0"
     modular = TokenizedTask(ModularTask(modulus=3), tokenizer)
     assert modular.prompts().answers[5].tolist() == [0, END]
+
+
+def test_all_end_tokens_are_the_models(tmp_path):
+    """Chat models name several, of which any ends a completion; the one of config.json does where there are no others."""
+    folder = write(tmp_path / "model", random_tensors())
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [END, 3]}))
+    folder = PretrainedSpec(path=folder.path, sha256=fingerprint(tmp_path / "model"))
+    from_file = write_gguf(tmp_path / "model.gguf", random_tensors(), turn_end=3)
+    for spec in (folder, from_file):
+        policy = PolicySpec(task=FewShotAdditionTask(), model=spec, warm_start=WarmStartSpec(max_steps=0))
+        few = policy.tokenized()
+        assert few.end_tokens == (PIECES.index("Ċ"), END, 3)
+        assert few.text([1, END, 2]) == few.text([1, 3, 2]) == "1"
+        assert policy.model_copy(update={"task": ModularTask(modulus=2)}).tokenized().end_tokens == (END, 3)
+
+
+def test_prompts_are_within_the_models_positions(tmp_path):
+    folder = write(tmp_path / "model", random_tensors(), {"max_position_embeddings": 6})
+    from_file = write_gguf(tmp_path / "model.gguf", random_tensors(), context_length=6)
+    for spec in (folder, from_file):
+        fits, long = (
+            PolicySpec(task=ModularTask(modulus=2, max_length=length), model=spec, warm_start=WarmStartSpec(max_steps=0))
+            for length in (2, 3)
+        )
+        fits.check_sources(built=False)
+        with pytest.raises(InvalidInput, match=r"at most 6 tokens, the positions .* got 4 of the prompt '0\+0=' and up to 3"):
+            long.check_sources(built=False)
+
+
+def test_tokens_beyond_the_models_vocabulary_are_refused(tmp_path):
+    tensors = random_tensors()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = tensors[name][: PIECES.index("ab")]
+    tokenizer = open_pretrained(write(tmp_path / "model", tensors)).tokenizer
+    with pytest.raises(InvalidInput, match=f"below the {PIECES.index('ab')} of its model; 'ab' has {PIECES.index('ab')}"):
+        tokenizer.encode("ab")
 
 
 @pytest.mark.usefixtures("library_promotion")

@@ -93,3 +93,31 @@ def test_answers_must_not_change_the_tokens_of_prompts():
 
     with pytest.raises(InvalidInput, match=r"'\\n' is not one of this tokenizer's"):
         _ = TokenizedTask(FEW, NoLineBreak(FEW.characters)).end_token
+
+
+def test_the_most_tokens_of_a_completion():
+    """The longest answer's by default; a larger number pads the answers, a smaller one is refused."""
+    assert in_characters(ModularTask(modulus=11)).max_length == 3
+    longer = in_characters(ModularTask(modulus=11, max_length=7))
+    assert longer.max_length == longer.prompts().answers.shape[1] == 7
+    assert longer.custom_prompts(["1+1="], ["123456"]).answers.shape == (1, 7)
+    with pytest.raises(InvalidInput, match=r"at most 2 tokens with this task.*got 3 in '10'.*raise task.max_length"):
+        in_characters(ModularTask(modulus=11, max_length=2)).prompts()
+    with pytest.raises(InvalidInput, match=r"at most 7 tokens .* got 8 in '1234567'"):
+        longer.custom_prompts(["1+1="], ["1234567"])
+
+
+def test_prompts_are_within_the_policys_positions():
+    task = in_characters(ModularTask(modulus=11))._replace(max_positions=10)
+    assert task.prompts().tokens.shape[1] == 7
+    with pytest.raises(InvalidInput, match=r"at most 10 tokens, the positions .* got 8 of the prompt '10\+100=' and up to 3"):
+        task.custom_prompts(["1+1=", "10+100="], ["2", "0"])
+    with pytest.raises(InvalidInput, match=r"got 7 of the prompt '10\+10=' and up to 4. .* lower task.max_length"):
+        in_characters(ModularTask(modulus=11, max_length=4))._replace(max_positions=10).prompts()
+
+
+def test_any_end_token_ends_an_answer():
+    completions = np.array([[5, 9, 0], [5, 8, 0], [5, 7, 0], [5, 6, 9]], np.int32)
+    answers = np.tile(np.array([5, 9, 0], np.int32), (4, 1))
+    assert list(rewards(completions, answers, (9, 8))) == [1, 1, 0, 0]
+    assert list(rewards(completions, answers, (9,))) == [1, 0, 0, 0]

@@ -93,16 +93,18 @@ def draw_evaluation(spec: EvaluationSpec, policy: Policy, task: TokenizedTask, s
 
 
 def features(drawn: Drawn, stats: TokenStats, task: TokenizedTask) -> pd.DataFrame:
-    """A row for each sequence: texts, reward, advantage, and what the policy says of its tokens, in nats."""
+    """A row for each sequence: texts, reward, advantage, and what the policy says of its tokens, in nats; `truncated` where the
+    completion was cut off at the most tokens it may have."""
     mask = np.asarray(drawn.batch.mask_BT)
     lengths, surprisals = mask.sum(axis=1), np.where(mask, -stats.logp_BT, -np.inf).astype(np.float64)
     surprisal = np.sum(np.where(mask, surprisals, 0), axis=1)
+    last = drawn.completions_NL[np.arange(len(lengths)), lengths - 1]
     entropy = np.sum(stats.entropies_BT, axis=1, dtype=np.float64)
     return pd.DataFrame({
         "sequence": np.arange(len(lengths)), "prompt_id": drawn.prompt_ids, "prompt": drawn.prompts,
         "completion": [task.text(row[:length]) for row, length in zip(drawn.completions_NL, lengths, strict=True)],
         "answer": [task.text(row) for row in drawn.answers_NL],
-        "reward": drawn.rewards, "advantage": drawn.advantages, "length": lengths,
+        "reward": drawn.rewards, "advantage": drawn.advantages, "length": lengths, "truncated": ~np.isin(last, task.end_tokens),
         "surprisal": surprisal, "mean_surprisal": surprisal / lengths,
         "max_surprisal": surprisals.max(axis=1),
         "max_surprisal_position": surprisals.argmax(axis=1) - mask.argmax(axis=1),
@@ -148,15 +150,15 @@ def _draw(
     attempt: int = 0,
 ) -> Drawn:
     texts, tokens_NP, lengths, answers = (np.asarray(field)[places] for field in prompts[0])
-    keys, parts = jax.random.split(key, len(places)), []
+    keys, parts, ends = jax.random.split(key, len(places)), [], jnp.array(task.end_tokens, jnp.int32)
     for start in range(0, len(places), GENERATED_TOGETHER):
         part = slice(start, start + GENERATED_TOGETHER)
         given = keys[part], tokens_NP[part], lengths[part], answers.shape[1]
-        parts.append(generate(policy.decoder, policy.full, *given, end_token=task.end_token))
+        parts.append(generate(policy.decoder, policy.full, *given, end_token=ends))
     tokens, mask, completions = (
         np.concatenate([np.asarray(getattr(part, name)) for part in parts]) for name in ("tokens", "mask", "completions")
     )
-    right = np.asarray(rewards(jnp.asarray(completions), jnp.asarray(answers)), np.float64)
+    right = np.asarray(rewards(jnp.asarray(completions), jnp.asarray(answers), ends), np.float64)
     nan, attempts = np.full(len(places), np.nan), np.full(len(places), attempt)
     return Drawn(Batch(tokens, mask), completions, answers, texts, prompts[1][places], right, nan, attempts)
 

@@ -178,9 +178,11 @@ class _Measurement:
             all_changes.append(found)
             influence += [_influence(number, matrix, change) for change in found]
             changes += [_change(number, change, first, exact.get(change.eta)) for change in found]
-            summaries.append(_summary(self._mean(drawn, own), matrix, first, found, exact.get(0.0)))
+            cut = {"truncated": int(named["truncated"].sum())}
+            summaries.append(_summary(self._mean(drawn, own), matrix, first, found, exact.get(0.0)) | cut)
+        summary = self._head(stats, table) | {"evaluations": summaries}
         measured = Measured(
-            self.spec.entropy_id, self.spec, self._head(stats) | {"evaluations": summaries}, table, evaluations, matrices,
+            self.spec.entropy_id, self.spec, summary, table, evaluations, matrices,
             pd.concat(influence, ignore_index=True), pd.DataFrame(changes),
         )  # fmt: skip
         return measured, Details(token_arrays(self.update.drawn, stats), tokens, all_changes)
@@ -268,13 +270,14 @@ class _Measurement:
         entropies = {eta: exact_entropy(self.policy.apply, params, enumeration) for eta, params in there.items()}
         return {eta: value - (entropies[0.0] if eta else 0) for eta, value in entropies.items()}
 
-    def _head(self, stats: TokenStats) -> dict[str, Any]:
+    def _head(self, stats: TokenStats, update: pd.DataFrame) -> dict[str, Any]:
         drawn, mask = self.update.drawn, self.update.drawn.batch.mask_BT
         advantages = np.broadcast_to(drawn.advantages[:, None], mask.shape)[mask]
         return {
             "target_id": self.spec.target.target_id, "checkpoint": self.spec.target.checkpoint,
             "eta_policy": self.spec.target.rl.learning_rate, "integrand": self.spec.integrand,
-            "num_update": len(drawn.rewards), "num_groups": self.update.groups_asked - self.update.shortfall,
+            "num_update": len(drawn.rewards), "truncated": int(update["truncated"].sum()),
+            "max_length": self.task.max_length, "num_groups": self.update.groups_asked - self.update.shortfall,
             "groups_asked": self.update.groups_asked, "shortfall": self.update.shortfall,
             "resample_attempts": self.update.attempts, "accuracy": self.update.accuracy,
             "clip": float(self.training.update.clip), "gradient_norm": float(self.training.update.gradient_norm),

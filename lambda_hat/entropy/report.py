@@ -25,7 +25,7 @@ MAX_LETTERS = 200
 
 MEASUREMENTS = (
     "measured at", "accuracy", "H", "exact H", "dH/dη", "baseline", "sequences", "η*", "Cov(log p, A)",
-    "signs", "left out",
+    "signs", "left out", "cut off",
 )  # fmt: skip
 CHANGES = (
     "η", "ΔH", "baseline", "Σvᵢ alone", "residual", "first order", "second order", "exact", "ESS",
@@ -50,6 +50,9 @@ def entropy_report(study_id: str, name: str, study: EntropyStudy, plots: Mapping
     found = views(study)
     shortfall = sum(measured.summary["shortfall"] for measured in study.measured)
     asked = sum(measured.summary["groups_asked"] for measured in study.measured)
+    drawn = sum(len(measured.update) for measured in study.measured)
+    evaluated = sum(view.found["num_sequences"] for view in found)
+    cut = sum(of["truncated"] for of in (*(measured.summary for measured in study.measured), *(view.found for view in found)))
     common, varied = _settings(study)
     return page(
         "entropy.html",
@@ -60,12 +63,14 @@ def entropy_report(study_id: str, name: str, study: EntropyStudy, plots: Mapping
         counts={
             "measurements": len(study.measured),
             "policies": len(study.policies),
-            "training sequences": sum(len(measured.update) for measured in study.measured),
-            "evaluation sequences": sum(len(view.measured.matrices[view.batch]) for view in found),
+            "training sequences": drawn,
+            "evaluation sequences": evaluated,
+            "completions cut off": f"{cut} of {drawn + evaluated}" if cut else "none",
             "groups left out": f"{shortfall} of {asked}" if shortfall else f"none of {asked}",
             "seconds of measuring": float(sum(measured.summary["seconds"] for measured in study.measured)),
         },
         shortfall=shortfall,
+        cut=cut,
         policies=(POLICIES, list(_policies(study))),
         measurements=(MEASUREMENTS, [_measurement(study, view) for view in found[:MAX_MEASUREMENTS]]),
         num_measurements=len(found),
@@ -107,6 +112,7 @@ def _measurement(study: EntropyStudy, view: View) -> tuple[Any, ...]:
         _error(here.full, here.full_error), _error(here.baseline, here.baseline_error),
         _error(here.grad, here.grad_error), found["eta_star"], summary["covariance"], signs(_only(view)),
         f"{shortfall} of {asked}" if shortfall else "none",
+        f"{summary['truncated']} of {summary['num_update']}, {found['truncated']} of {found['num_sequences']}",
     )  # fmt: skip
 
 

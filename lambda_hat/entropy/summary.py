@@ -16,7 +16,7 @@ from lambda_hat.text import with_error
 #: Columns of numbers.
 RIGHT = {
     "seed", "checkpoint", "prompts", "completions", "evaluation", "etas", "accuracy", "entropy", "dH/deta", "of baseline",
-    "of sequences", "eta*", "flat groups",
+    "of sequences", "eta*", "flat groups", "cut off",
 }  # fmt: skip
 
 
@@ -61,7 +61,8 @@ def outcome(
 
 
 def table(store: Store, specs: Sequence[EntropySpec]) -> list[dict[str, str]]:
-    """A row for each measurement, of its first evaluation batch, with the settings in which they differ."""
+    """A row for each measurement, of its first evaluation batch, with the settings in which they differ. cut off: completions
+    without an end token, of the update and of the evaluation batch."""
     summaries = {manifest.id: manifest.summary for manifest in store.manifests(entropy_address(s.entropy_id) for s in specs)}
     varied = [name for name in differing(map(measurement_settings, specs)) if name != "seed"]
     rows = []
@@ -78,6 +79,7 @@ def table(store: Store, specs: Sequence[EntropySpec]) -> list[dict[str, str]]:
             "dH/deta": with_error(first["first"], first["first_error"]), "of baseline": f"{first['baseline_first']:.4g}",
             "of sequences": f"{first['grad_first']:.4g}", "eta*": f"{first['eta_star']:.2g}" if first["eta_star"] else "-",
             "flat groups": f"{found['shortfall']} of {found['groups_asked']}",
+            "cut off": f"{found['truncated']} of {found['num_update']}, {first['truncated']} of {first['num_sequences']}",
         })  # fmt: skip
     return rows
 

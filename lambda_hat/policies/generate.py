@@ -50,6 +50,7 @@ def generate(
         for rounding, which may differ between batches of different sizes.
       prompts_BP, lengths_B: padded on the right, and the tokens of each, at least one.
       temperature: above 0. top_p: above 0, at most 1, which is no restriction.
+      end_token: one, or several in an array, each of which ends a completion.
     """
     return _generate(decoder, params, keys_B, prompts_BP, lengths_B, max_length, temperature, top_p, end_token, top_p < 1)
 
@@ -97,7 +98,7 @@ def _generate(
         completions = completions.at[:, t].set(token_B)
         log_probs = log_probs.at[:, t].set(jnp.where(done_B, 0, chosen_B))
         entropies = entropies.at[:, t].set(jnp.where(done_B, 0, entropy(log_probs_BV)))
-        return t + 1, caches, token_B, done_B | (token_B == end_token), completions, log_probs, entropies
+        return t + 1, caches, token_B, done_B | jnp.isin(token_B, end_token), completions, log_probs, entropies
 
     dtype = jax.eval_shape(log_softmax, jax.ShapeDtypeStruct((1,), dtype)).dtype
     shape = (batch, max_length)
@@ -135,12 +136,13 @@ def sequences(
 
     Args:
       completions_BL: each up to its first end token, then PAD, or without an end token all L tokens.
+      end_token: see `generate`.
     """
     width = prompts_BP.shape[1]
     place = functools.partial(_placed, lengths_B=lengths_B, width=width)
     prompts_BP = jnp.where(jnp.arange(width, dtype=jnp.int32)[None] < lengths_B[:, None], prompts_BP, PAD)
     tokens = jnp.pad(prompts_BP, ((0, 0), (0, completions_BL.shape[1]))) + place(completions_BL)
-    is_end = (completions_BL == end_token).astype(jnp.int32)
+    is_end = jnp.isin(completions_BL, end_token).astype(jnp.int32)
     return tokens, place(jnp.cumsum(is_end, axis=1) == is_end)
 
 

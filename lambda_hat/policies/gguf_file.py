@@ -78,7 +78,7 @@ def gguf_source(path: Path) -> Source:
     # gguf gives shapes with the fastest axis first.
     shapes = {name: tuple(int(size) for size in tensor.shape[::-1]) for name, tensor in tensors.items()}
     vocab_size = shapes.get("token_embd.weight", (0,))[0]
-    return Source(model, _GGUF, shapes, tensor, _tokenizer(field, path, vocab_size))
+    return Source(model, _GGUF, shapes, tensor, _tokenizer(field, path, vocab_size), field(f"{family}.context_length"))
 
 
 def half_split(rows: np.ndarray, num_heads: int) -> np.ndarray:
@@ -114,4 +114,9 @@ def _tokenizer(field: Any, path: Path, vocab_size: int) -> TextTokenizer:
     model.add_special_tokens([added(token, special=True, normalized=False) for token, type in pairs if type == _CONTROL])
     model.add_tokens([added(token, normalized=False) for token, type in pairs if type == _USER_DEFINED])
     bos = (field("tokenizer.ggml.bos_token_id"),) if field("tokenizer.ggml.add_bos_token", False) else ()
-    return TextTokenizer(model, vocab_size, bos, field("tokenizer.ggml.eos_token_id"))
+    # Chat models end a turn with another token than a text.
+    named = (field("tokenizer.ggml.eos_token_id"), field("tokenizer.ggml.eot_token_id"))
+    ends = tuple(dict.fromkeys(int(end) for end in named if end is not None))
+    if not ends:
+        raise InvalidInput(f"A GGUF file must name its tokenizer.ggml.eos_token_id; {path.name} has none. Take another.")
+    return TextTokenizer(model, vocab_size, bos, ends)

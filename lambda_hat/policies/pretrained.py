@@ -49,24 +49,29 @@ class PretrainedSpec(Spec):
 
 
 class Opened(NamedTuple):
-    """A language model's files. load: dtype -> parameters of `lambda_hat.policies.decoder.decoder(model, vocab_size)`, read
-    anew at every call."""
+    """A language model's files.
+
+    max_positions: tokens of a sequence at most, None where the files do not tell. load: dtype -> parameters of
+    `lambda_hat.policies.decoder.decoder(model, vocab_size)`, read anew at every call.
+    """
 
     model: DecoderSpec
     vocab_size: int
     tokenizer: TextTokenizer
+    max_positions: int | None
     load: Callable[[Any], Params]
 
 
 class Source(NamedTuple):
     """What a format tells. names: see `Names`. shapes: of its tensors. tensor: name -> (out, in), queries and keys in the
-    half-split order."""
+    half-split order. max_positions: see `Opened`."""
 
     model: DecoderSpec
     names: Names
     shapes: Mapping[str, tuple[int, ...]]
     tensor: Callable[[str], np.ndarray]
     tokenizer: TextTokenizer
+    max_positions: int | None
 
 
 @functools.cache
@@ -113,7 +118,13 @@ def _open(spec: PretrainedSpec) -> Opened:
             f"A model's tensors must be those of Llama or Qwen2; {spec.path!r} has {unknown[0]!r} besides. Take another model."
         )
 
-    shapes = decoder(source.model, source.tokenizer.vocab_size).shapes()
+    vocab_size = source.tokenizer.vocab_size
+    if outside := [token for token in (*source.tokenizer.start, *source.tokenizer.ends) if not 0 <= token < vocab_size]:
+        raise InvalidInput(
+            f"Tokens that begin or end sequences must be from 0 to {vocab_size - 1}, of the model's vocabulary; "
+            f"{spec.path!r} names {outside[0]}. Correct it, or take the model's own files."
+        )
+    shapes = decoder(source.model, vocab_size).shapes()
     for module, leaf, name in tensors:
         array, shape = source.tensor(name), shapes[module][leaf].shape
         expected = shape[::-1] if leaf == "w" else shape
@@ -134,7 +145,7 @@ def _open(spec: PretrainedSpec) -> Opened:
             params.setdefault(module, {})[leaf] = np.ascontiguousarray(array.T) if leaf == "w" else array
         return params
 
-    return Opened(source.model, source.tokenizer.vocab_size, source.tokenizer, load)
+    return Opened(source.model, source.tokenizer.vocab_size, source.tokenizer, source.max_positions, load)
 
 
 def _tensors(source: Source) -> Iterator[tuple[str, str, str]]:
@@ -269,7 +280,8 @@ def _hugging_face(folder: Path) -> Source:
     )  # fmt: skip
     shapes = {name: shape for name, (_, shape) in places.items()}
     vocab_size = shapes.get("model.embed_tokens.weight", (0,))[0]
-    return Source(model, _HUGGING_FACE, shapes, tensor, _tokenizer(folder, config, vocab_size))
+    tokenizer, max_positions = _tokenizer(folder, config, vocab_size), config.get("max_position_embeddings")
+    return Source(model, _HUGGING_FACE, shapes, tensor, tokenizer, max_positions)
 
 
 def _tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> TextTokenizer:
@@ -277,6 +289,6 @@ def _tokenizer(folder: Path, config: dict[str, Any], vocab_size: int) -> TextTok
     generation = folder / "generation_config.json"
     ends = (json.loads(generation.read_text()) if generation.exists() else {}).get("eos_token_id", config.get("eos_token_id"))
     ends = ends if isinstance(ends, list) else [ends]
-    if not ends or not isinstance(ends[0], int):
+    if not ends or not all(isinstance(end, int) for end in ends):
         raise InvalidInput(f"A pretrained model must name its eos_token_id in config.json; {folder} has none. Add it.")
-    return TextTokenizer(model, vocab_size, tuple(model.encode("").ids), ends[0])
+    return TextTokenizer(model, vocab_size, tuple(model.encode("").ids), tuple(ends))

@@ -125,11 +125,11 @@ class PolicySpec(TargetSpec):
         """
         if isinstance(self.model, DecoderSpec):
             return TokenizedTask(self.task, Tokenizer(self.task.characters))
-        return TokenizedTask(self.task, open_pretrained(self.model).tokenizer)
+        files = open_pretrained(self.model)
+        return TokenizedTask(self.task, files.tokenizer, files.max_positions)
 
     def check_sources(self, built: bool) -> None:
-        if isinstance(self.model, PretrainedSpec):
-            open_pretrained(self.model)  # its loss needs them too
+        self.tokenized().prompts()  # of a pretrained model from its files, which its loss needs too
 
     def build(self, progress: Progress = no_progress, resume: Unfinished | None = None, save: Save | None = None) -> Target:
         """Trains the policy; see `TargetSpec.build`.

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
-from typing import Annotated, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from pydantic import Field, model_validator
 
-from lambda_hat.policies.tokenizer import AnyTokenizer, padded
+from lambda_hat.policies.tokenizer import EOS, AnyTokenizer, TextTokenizer, padded
 from lambda_hat.spec import InvalidInput, Spec
 
 
@@ -34,6 +35,13 @@ class TaskSpec(Spec):
     """
 
     end: ClassVar[str] = ""
+
+    max_length: int | None = Field(
+        None,
+        ge=1,
+        le=100_000,
+        description="tokens of a completion at most, with its end token; none = of the longest answer",
+    )
 
     def questions(self) -> list[tuple[str, str]]:
         """Every prompt and its answer, in the order of the prompts' ids."""
@@ -97,14 +105,18 @@ AnyTask = Annotated[ModularTask | AdditionTask | FewShotAdditionTask, Field(disc
 
 
 class TokenizedTask(NamedTuple):
-    """A task in the tokens of a policy: see `lambda_hat.policies.spec.PolicySpec.tokenized`."""
+    """A task in the tokens of a policy: see `lambda_hat.policies.spec.PolicySpec.tokenized`.
+
+    max_positions: tokens that the policy takes at most, a prompt with its completion; None = any number.
+    """
 
     task: TaskSpec
     tokenizer: AnyTokenizer
+    max_positions: int | None = None
 
     @property
     def end_token(self) -> int:
-        """The token that ends a completion.
+        """The token that ends an answer.
 
         Raises:
           InvalidInput: the task's end is not one token of this tokenizer.
@@ -120,51 +132,74 @@ class TokenizedTask(NamedTuple):
         return token
 
     @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """The tokens that end a completion: `end_token`, and those with which a language model ends its texts."""
+        if self.task.end and not isinstance(self.tokenizer, TextTokenizer):
+            return (self.end_token,)  # a decoder that is trained here does not meet another
+        return tuple(dict.fromkeys((self.end_token, *self.tokenizer.ends)))
+
+    @property
     def max_length(self) -> int:
-        """Tokens L of a completion at most: of the longest answer, with the end token."""
+        """Tokens L of a completion at most: the task's, or those of the longest answer, with the end token."""
         return self.prompts().answers.shape[1]
 
     def prompts(self) -> Prompts:
-        """All prompts of the task."""
-        return self._prompts(self.task.questions())
+        """All prompts of the task.
+
+        Raises:
+          InvalidInput: an answer is longer than the task's max_length, or a prompt with a completion than the policy's
+            positions.
+        """
+        return self._prompts(self.task.questions(), self.task.max_length)
 
     def custom_prompts(self, texts: Sequence[str], answers: Sequence[str]) -> Prompts:
         """Prompts of one's own and their answers, with at most as many tokens as the task's.
 
         Raises:
-          InvalidInput: an answer is too long, or a character is not in the vocabulary.
+          InvalidInput: an answer is too long, a character is not in the vocabulary, or see `prompts`.
         """
-        prompts, width = self._prompts(list(zip(texts, answers, strict=True))), self.max_length
-        if prompts.answers.shape[1] > width:
-            raise InvalidInput(
-                f"Answers must have at most {width} tokens with this task, the end token included; got "
-                f"{max(answers, key=len)!r}. Shorten it."
-            )
-        return prompts._replace(answers=np.pad(prompts.answers, ((0, 0), (0, width - prompts.answers.shape[1]))))
+        return self._prompts(list(zip(texts, answers, strict=True)), self.max_length)
 
     def text(self, completion_L: Iterable[int]) -> str:
         """Text of a completion up to its end token, which is left out, as is what pads it."""
-        ids, end = [int(i) for i in completion_L], self.end_token
-        return self.tokenizer.decode(ids[: ids.index(end)] if end in ids else ids)
+        ids, ends = [int(i) for i in completion_L], self.end_tokens
+        return self.tokenizer.decode(itertools.takewhile(lambda token: token not in ends, ids))
 
-    def _prompts(self, questions: Sequence[tuple[str, str]]) -> Prompts:
-        encode, end = self.tokenizer.encode, self.end_token
+    def _prompts(self, questions: Sequence[tuple[str, str]], max_length: int | None) -> Prompts:
+        encode, end, ends = self.tokenizer.encode, self.end_token, self.end_tokens
         rows, answers = [], []
         for prompt, answer in questions:
             # Together, since some tokenizers begin a text on its own with other tokens than one in a text.
             row, whole = encode(prompt), encode(prompt + answer)
-            if whole[: len(row)] != row or end in whole[len(row) :]:
+            if whole[: len(row)] != row or not set(ends).isdisjoint(whole[len(row) :]):
                 raise InvalidInput(
-                    f"The tokens of a prompt with its answer must be the prompt's, then the answer's without the end token; "
+                    f"The tokens of a prompt with its answer must be the prompt's, then the answer's without an end token; "
                     f"those of {prompt!r} and {answer!r} are not. Let prompts end where words do."
                 )
             rows.append([*self.tokenizer.start, *row])
             answers.append([*whole[len(row) :], end])
         lengths = np.array([len(row) for row in rows], np.int32)
-        tokens = padded(rows, max(lengths))
-        return Prompts([prompt for prompt, _ in questions], tokens, lengths, padded(answers, max(map(len, answers))))
+        longest, width = int(np.argmax([len(answer) for answer in answers])), max_length or max(map(len, answers))
+        if len(answers[longest]) > width:
+            raise InvalidInput(
+                f"Answers must have at most {width} tokens with this task, the end token included; got "
+                f"{len(answers[longest])} in {questions[longest][1]!r}. Shorten it, or raise task.max_length."
+            )
+        if self.max_positions is not None and max(lengths) + width > self.max_positions:
+            raise InvalidInput(
+                f"A prompt and its completion must have at most {self.max_positions} tokens, the positions that the model was "
+                f"trained on; got {max(lengths)} of the prompt {questions[int(np.argmax(lengths))][0]!r} and up to {width}. "
+                "Shorten it, or lower task.max_length."
+            )
+        return Prompts([prompt for prompt, _ in questions], padded(rows, max(lengths)), lengths, padded(answers, width))
 
 
-def rewards(completions_BL: jax.Array, answers_BL: jax.Array) -> jax.Array:
-    """1 for each completion that is the answer up to its end token, else 0, (B,), float32; both padded with PAD after it."""
-    return jnp.all(completions_BL == answers_BL, axis=1).astype(jnp.float32)
+def rewards(completions_BL: jax.Array, answers_BL: jax.Array, end_tokens: Any = (EOS,)) -> jax.Array:
+    """1 for each completion that is the answer up to its end token, whichever of them it is, else 0, (B,), float32; both are
+    padded with PAD after it."""
+    ends = jnp.asarray(end_tokens, jnp.int32)
+
+    def ended(tokens_BL: jax.Array) -> jax.Array:
+        return jnp.where(jnp.isin(tokens_BL, ends), ends[0], tokens_BL)
+
+    return jnp.all(ended(completions_BL) == ended(answers_BL), axis=1).astype(jnp.float32)

@@ -30,6 +30,11 @@ class Tokenizer(NamedTuple):
         return EOS
 
     @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end a sequence, `end` first."""
+        return (EOS,)
+
+    @property
     def vocab_size(self) -> int:
         """V: the characters and PAD, BOS, EOS."""
         return len(self.characters) + _FIRST
@@ -55,17 +60,32 @@ class Tokenizer(NamedTuple):
 class TextTokenizer(NamedTuple):
     """A tokenizer of the `tokenizers` package, with the same methods.
 
-    vocab_size: tokens that the model has, which may be more than have text. start, end: see `Tokenizer`.
+    vocab_size: tokens that the model has, which may be more than have text. start, ends: see `Tokenizer`.
     """
 
     model: Any
     vocab_size: int
     start: tuple[int, ...]
-    end: int
+    ends: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        """The first of `ends`."""
+        return self.ends[0]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text's pieces, without those that begin or end sequences."""
-        return self.model.encode(text, add_special_tokens=False).ids
+        """Ids of the text's pieces, without those that begin or end sequences.
+
+        Raises:
+          InvalidInput: one is beyond the model's vocabulary.
+        """
+        ids = self.model.encode(text, add_special_tokens=False).ids
+        if ids and max(ids) >= self.vocab_size:
+            raise InvalidInput(
+                f"A tokenizer's tokens must be below the {self.vocab_size} of its model; {text!r} has {max(ids)}. Take the "
+                "tokenizer of this model."
+            )
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; those that begin or end sequences have none."""

@@ -148,7 +148,7 @@ def _update(
         carry: _Carry,
         base: Params | None,
         prompts: Dataset,
-        end_token: jax.Array,
+        end_tokens: jax.Array,
         key: jax.Array,
         numbers: _Numbers,
         start: jax.Array,
@@ -160,9 +160,9 @@ def _update(
             batch = prompts.take(jnp.repeat(ids, num_completions)).samples
             keys = jax.random.split(completion_key, len(batch["lengths"]))
             policy = Policy(network, base, lora, carry.params)
-            samples = generate(network, policy.full, keys, batch["tokens"], batch["lengths"], max_length, end_token=end_token)
+            samples = generate(network, policy.full, keys, batch["tokens"], batch["lengths"], max_length, end_token=end_tokens)
             dtype = samples.log_probs.dtype
-            right = rewards(samples.completions, batch["answers"]).astype(dtype)
+            right = rewards(samples.completions, batch["answers"], end_tokens).astype(dtype)
             groups = (num_prompts, num_completions)
             lengths = jnp.sum(samples.mask, axis=1).reshape(groups)
             weights = sequence_weights(group_advantages(right.reshape(groups)), lengths).reshape(-1)
@@ -210,7 +210,7 @@ def _train_policy(spec: PolicySpec, progress: Progress, resume: Unfinished | Non
     dataset = jax.device_put(answers_dataset(task, None))
     fields = {"tokens": prompts.tokens, "lengths": prompts.lengths, "answers": prompts.answers}
     prompt_data = jax.device_put(Dataset(fields, {}))
-    width, end_token = prompts.answers.shape[1], np.int32(task.end_token)
+    width, end_tokens = prompts.answers.shape[1], np.array(task.end_tokens, np.int32)
     warm_start = _warm_start(spec.decoder(), warm.batch_size)
     update = _update(spec.decoder(), spec.lora, width, rl.num_prompts, rl.num_completions)
     warm_key, rl_key = jax.random.split(jax.random.key(spec.seed))
@@ -271,7 +271,7 @@ def _train_policy(spec: PolicySpec, progress: Progress, resume: Unfinished | Non
         """`count` updates, stopping at every checkpoint on the way."""
         first, last = start - warm.max_steps, start - warm.max_steps + count
         for step in [*(step for step in rl.saved_steps if first < step < last), last]:
-            arguments = (prompt_data, end_token, rl_key, _numbers(rl, dtype), np.int32(first), np.int32(step - first))
+            arguments = (prompt_data, end_tokens, rl_key, _numbers(rl, dtype), np.int32(first), np.int32(step - first))
             carry = update(carry, base, *arguments)
             first = step
             if step in rl.saved_steps:
