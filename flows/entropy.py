@@ -94,7 +94,12 @@ def _publish(study: EntropyPlan, store: Store, place: Place, fine: list[EntropyS
         publish = functools.partial(artifacts.publish_study, name, ids, store, plots, run_ids)
         label = f"{study.name}: {len(fine)} of {len(study.specs)} updates"
         files, error = show("entropy-results", result["measurements"], label, address, publish, store, place)
-        result |= {"errors": [*result["errors"], error]} if error else {"study_id": address.id, "files": files}
+        if error:
+            result["errors"].append(error)
+        else:
+            manifest = store.manifest(address)
+            assert manifest is not None  # it was just shown
+            result |= {"study_id": address.id, "files": files, "not_drawn": manifest.summary["not_drawn"]}
     if result["num_failed"] or result["runs_failed"]:
         raise RunsFailed(failures(result), result)
     return result

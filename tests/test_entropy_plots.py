@@ -22,12 +22,12 @@ from lambda_hat.entropy.analysis import (
     rates,
     signs,
 )
-from lambda_hat.entropy.plots import PLOTS, draw_plots
+from lambda_hat.entropy.plots import CAPTIONS, PLOTS, draw_plots
 from lambda_hat.entropy.plots.common import label, plain, views
 from lambda_hat.entropy.report import entropy_report
 from lambda_hat.entropy.spec import EntropySpec
 from lambda_hat.entropy.study import EntropyStudy, Measured, PolicyTraining
-from lambda_hat.plots.style import caption
+from lambda_hat.plots import Drawn
 from lambda_hat.policies.spec import PolicySpec
 from lambda_hat.spec import InvalidInput
 
@@ -281,8 +281,12 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_plot_draws_every_shape_or_does_not_apply(shape):
     make, missing = SHAPES[shape]
-    drawn = draw_plots(make()).pngs
+    drawn, left_out = draw_plots(make())
     assert set(drawn) == set(PLOTS) - missing
+    assert set(left_out) == missing
+    assert all(reason.startswith(("it needs", "it takes", "no policy")) for reason in left_out.values())
+    page = Page(report(make(), Drawn({}, left_out)))
+    assert [row for row in page.rows if row[0] in PLOTS] == [[name, why] for name, why in left_out.items()]
     for png in drawn.values():
         assert png.startswith(b"\x89PNG\r\n\x1a\n")
         assert len(png) < 400_000
@@ -292,14 +296,15 @@ def test_plots_are_drawn_by_name():
     study = study_of(seeds=(0,), checkpoints=(0,))
     drawn = draw_plots(study, ["exchange", "covariance", "training"])
     assert (list(drawn.pngs), list(drawn.left_out)) == (["exchange", "training"], ["covariance"])
-    assert draw_plots(study, []).pngs == {}
+    assert drawn.left_out["covariance"] == "it needs two measurements or more"
+    assert draw_plots(study, []) == ({}, {})
     with pytest.raises(InvalidInput, match=r"got 'influnce'.*Did you mean 'influence'"):
         draw_plots(study, ["influnce"])
 
 
 @pytest.mark.parametrize("name", PLOTS)
 def test_captions(name):
-    assert 40 < len(caption(PLOTS[name])) < 400
+    assert 40 < len(CAPTIONS[name]) < 400
 
 
 def test_names_say_what_sets_measurements_apart():
@@ -505,7 +510,8 @@ def test_many_panels_are_told(name):
 
 
 def report(study, plots=()):
-    return entropy_report("ens_0123456789abcdef", "H & <eta>", study, dict(plots), "2026-01-02 03:04")
+    drawn = plots if isinstance(plots, Drawn) else Drawn(dict(plots), {})
+    return entropy_report("ens_0123456789abcdef", "H & <eta>", study, drawn, "2026-01-02 03:04")
 
 
 def spaced(row):
@@ -513,7 +519,7 @@ def spaced(row):
 
 
 def test_report_needs_nothing_else():
-    html = report(study_of(), {"exchange": PNG, "other": PNG})
+    html = report(study_of(), {"exchange": PNG, "etas": PNG})
     page = Page(html)
     assert html.startswith("<!doctype html>")
     assert not page.of("script")
@@ -563,7 +569,7 @@ def test_report_says_what_was_measured_and_found():
 
 def test_report_escapes_what_policies_wrote():
     study = study_of(texts=("<script>alert({})</script>", "</td><img src=x onerror=alert({})>"))
-    html = report(study, draw_plots(study, ["influence"]).pngs)
+    html = report(study, draw_plots(study, ["influence"]))
     assert "<script" not in html
     assert "<img src=x" not in html
     assert any("<script>alert(10)</script>" in row for row in Page(html).rows)

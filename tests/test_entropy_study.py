@@ -416,7 +416,14 @@ def test_command(stored, study, capsys, tmp_path):
     assert main(["entropy", "default", "--report", str(tmp_path / "report.html"), *place]) == 0
     assert study.id in (tmp_path / "report.html").read_text()
     capsys.readouterr()
-    for wrong in (["nothing"], ["--format", "parquet"], ["--where", "eta=7"], ["--where", "colour=red"]):
+    for wrong in (
+        ["nothing"],
+        ["--format", "parquet"],
+        ["--where", "eta=7"],
+        ["--where", "colour=red"],
+        ["--where", "reward=1", "--to", str(tmp_path / "a")],
+        ["--where", "reward=1", "--report", str(tmp_path / "a.html")],
+    ):
         assert main(["entropy", *wrong, *place]) == 2
         assert capsys.readouterr().err.startswith("error: ")
     assert main(["ls", "entropy", "entropy-studies", *place]) == 0

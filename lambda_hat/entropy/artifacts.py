@@ -180,7 +180,7 @@ def publish_study(
     name: str, entropy_ids: Sequence[str], store: Store, plots: Sequence[str] | None = None, run_ids: Sequence[str] = ()
 ) -> Manifest:
     """Publishes the comparison of measurements, or finds it: results.csv and .parquet (every training sequence's features and
-    influence), changes.csv, plots, report.html.
+    influence), changes.csv, plots, report.html. The summary's `not_drawn` has the plots that cannot be drawn, and why.
 
     Raises:
       ArtifactError: a measurement is damaged. InvalidInput: a plot is not known.
@@ -201,11 +201,11 @@ def publish_study(
     files = {f"{plot}.png": png for plot, png in drawn.pngs.items()}
     files |= {"results.csv": table.to_csv(index=False).encode(), "results.parquet": table.to_parquet()}
     files["changes.csv"] = changes.to_csv(index=False).encode()
-    files["report.html"] = entropy_report(address.id, name, study, drawn.pngs, made_at[:16].replace("T", " ")).encode()
+    files["report.html"] = entropy_report(address.id, name, study, drawn, made_at[:16].replace("T", " ")).encode()
     spec = {
         "name": name, "entropy_ids": sorted(entropy_ids), "run_ids": sorted(run_ids), "target_ids": sorted(study.policies)
     }  # fmt: skip
-    return store.publish(address, files, spec=spec, summary={"num_measured": len(entropy_ids)})
+    return store.publish(address, files, spec=spec, summary={"num_measured": len(entropy_ids), "not_drawn": drawn.left_out})
 
 
 def _named(study: EntropyStudy, measured: Measured) -> pd.DataFrame:

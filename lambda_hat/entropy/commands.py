@@ -27,7 +27,7 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
         "entropy", parents=[common], help="entropy studies: every training sequence's features and influence, plots, report",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Entropy studies: every training sequence's features and influence, chosen plots, a report.\n\n"
-        "Conditions choose rows of the table: COLUMN=VALUE,VALUE, COLUMN<VALUE, <=, >, >=.",
+        "Conditions choose rows of the table, not of plots and reports: COLUMN=VALUE,VALUE, COLUMN<VALUE, <=, >, >=.",
         epilog="\n  ".join([
             "examples:",
             "lambda-hat entropy",
@@ -45,6 +45,11 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _entropy(store: Store, options: argparse.Namespace) -> int:
+    if options.where and (options.to is not None or options.report is not None):
+        raise InvalidInput(
+            f"--where chooses rows of the table, and plots and the report are of whole updates; got {options.where[0]!r} with "
+            f"{'--to' if options.report is None else '--report'}. Leave it out, or write the table with --output."
+        )
     with refusals(options):
         [address] = find_studies(store, "entropy_study", [options.study])
         if options.to is None and options.report is None:
@@ -85,5 +90,5 @@ def _drawn(store: Store, address: Address, options: argparse.Namespace) -> None:
     if options.to is not None:
         write_plots(drawn, options)
     else:
-        page = entropy_report(address.id, study.name, study, drawn.pngs)
+        page = entropy_report(address.id, study.name, study, drawn)
         write_report(page, options, f"{len(study.measured)} updates of {address.id}")

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from lambda_hat.entropy.analysis import all_influences, exchange_fit, quartile_table, rates, signs
-from lambda_hat.entropy.plots import PLOTS
+from lambda_hat.entropy.plots import CAPTIONS
 from lambda_hat.entropy.plots.common import View, by_setting, label, views
 from lambda_hat.entropy.plots.training import batches
 from lambda_hat.entropy.study import EntropyStudy, Measured
 from lambda_hat.html import VERSIONS, page
-from lambda_hat.plots.style import caption
+from lambda_hat.plots import Drawn
 from lambda_hat.spec import dotted
 from lambda_hat.text import with_error
 
@@ -40,11 +40,11 @@ QUARTILES = ("completions", "quartile of surprisal", "sequences", "mean influenc
 POLICIES = ("policies", "seeds", "updates", "accuracy", "token entropy", "a", "b", "R²")
 
 
-def entropy_report(study_id: str, name: str, study: EntropyStudy, plots: Mapping[str, bytes], made_at: str = "") -> str:
+def entropy_report(study_id: str, name: str, study: EntropyStudy, plots: Drawn, made_at: str = "") -> str:
     """The report of a study's measurements.
 
     Args:
-      plots: name -> PNG, see `lambda_hat.entropy.plots`. made_at: when its last measurement was finished.
+      plots: those drawn, and why others are not. made_at: when its last measurement was finished.
     """
     sequences = all_influences(study) if study.measured else None
     found = views(study)
@@ -81,7 +81,8 @@ def entropy_report(study_id: str, name: str, study: EntropyStudy, plots: Mapping
         num_sequences=0 if sequences is None else len(sequences),
         quartiles=(QUARTILES, [] if sequences is None else list(_quartiles(sequences))),
         answer="" if sequences is None else _answer(sequences),
-        plots={key: (png, caption(PLOTS.get(key))) for key, png in plots.items()},
+        plots={key: (png, CAPTIONS[key]) for key, png in plots.pngs.items()},
+        not_drawn=list(plots.left_out.items()),
         common=common,
         varied=varied,
         cell=_cell,

@@ -102,4 +102,5 @@ def text(result: Mapping[str, Any]) -> str:
     if files := result.get("files"):
         lines += [f"{result['study_id']}: {result['num_measurements'] - result['num_failed']} updates measured"]
         lines += files_of(files)
+        lines += [f"  {name} is not drawn: {why}" for name, why in result["not_drawn"].items()]
     return "\n".join(lines)

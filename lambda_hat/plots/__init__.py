@@ -61,10 +61,8 @@ class Drawn(NamedTuple):
     left_out: dict[str, str]
 
 
-def draw_chosen(
-    plots: Mapping[str, Callable[[Any], Figure | str | None]], study: Any, names: Sequence[str] | None = None
-) -> Drawn:
-    """The plots of these names, or all, of a study: a plot that cannot be drawn of it returns the reason, or None.
+def draw_chosen(plots: Mapping[str, Callable[[Any], Figure | str]], study: Any, names: Sequence[str] | None = None) -> Drawn:
+    """The plots of these names, or all, of a study: a plot that cannot be drawn of it returns the reason.
 
     Raises:
       InvalidInput: a name is not that of a plot. RuntimeError: a plot fails; it says which.
@@ -80,7 +78,7 @@ def draw_chosen(
         if isinstance(found, Figure):
             drawn.pngs[name] = save_png(found)
         else:
-            drawn.left_out[name] = found or "it does not apply"
+            drawn.left_out[name] = found
     return drawn
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -257,9 +256,3 @@ def fence(values: np.ndarray) -> tuple[float, float]:
         return 0.0, 1.0
     lower, upper = np.quantile(values, (0.25, 0.75))
     return float(values.min()), float(values[values <= upper + 1.5 * (upper - lower)].max())
-
-
-def caption(plot: Callable[..., Any] | None) -> str:
-    """The first sentence of what a plot says of itself."""
-    text = inspect.getdoc(plot) if plot is not None else None
-    return "" if text is None else " ".join(text.split()).partition(". ")[0]

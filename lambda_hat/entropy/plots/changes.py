@@ -11,7 +11,17 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from lambda_hat.entropy.analysis import rates
-from lambda_hat.entropy.plots.common import MAX_LINES, MAX_PANELS, View, common, entropy_label, label, rate_label, views
+from lambda_hat.entropy.plots.common import (
+    MAX_LINES,
+    MAX_PANELS,
+    NO_MEASUREMENT,
+    View,
+    common,
+    entropy_label,
+    label,
+    rate_label,
+    views,
+)
 from lambda_hat.entropy.study import EntropyStudy, Measured
 from lambda_hat.plots.style import (
     BAND,
@@ -44,13 +54,13 @@ PARTS = (
 )
 
 
-def plot_etas(study: EntropyStudy) -> Figure | None:
+def plot_etas(study: EntropyStudy) -> Figure | str:
     """Changes of the entropy over eta, per unit eta, so that a straight line is level: by the update, by its baseline, by its
     training sequences each alone, and what they do together only, with the first order, the second, and eta*, where the second
-    is a tenth of the first. None without a measurement."""
+    is a tenth of the first."""
     found = views(study)
     if not found:
-        return None
+        return NO_MEASUREMENT
     chosen = evenly(found, MAX_PANELS)
     fig, axes = grid("change of the entropy by an update η v, per unit η", common(study), len(chosen), len(found), height=3.6)
     for ax, view in zip(axes, chosen, strict=True):
@@ -61,11 +71,11 @@ def plot_etas(study: EntropyStudy) -> Figure | None:
     return fig
 
 
-def plot_decomposition(study: EntropyStudy) -> Figure | None:
+def plot_decomposition(study: EntropyStudy) -> Figure | str:
     """The first-order change of the entropy by one update at the policy's own learning rate, with standard errors, and its two
-    parts: what the optimizer carries on, and this update's sequences. None without a measurement."""
+    parts: what the optimizer carries on, and this update's sequences."""
     if not study.measured:
-        return None
+        return NO_MEASUREMENT
     chosen = evenly(study.measured, 4 * MAX_PANELS)
     left_out = f" · {len(chosen)} of {len(study.measured)} measurements" if len(chosen) < len(study.measured) else ""
     heading = f"change of the entropy by one update, first order{left_out}"
@@ -87,12 +97,11 @@ def plot_decomposition(study: EntropyStudy) -> Figure | None:
     return fig
 
 
-def plot_covariance(study: EntropyStudy) -> Figure | None:
+def plot_covariance(study: EntropyStudy) -> Figure | str:
     """The first-order change of the entropy by one update at the policy's own learning rate against the covariance of log p
-    and advantage over its tokens, of opposite signs in the shaded quadrants, where theory expects them. None for fewer than two
-    measurements."""
+    and advantage over its tokens, of opposite signs in the shaded quadrants, where theory expects them."""
     if len(study.measured) < 2:
-        return None
+        return "it needs two measurements or more"
     fig, (ax,) = grid("change of the entropy and covariance of log p with the advantage", common(study), 1, 1, height=4.2)
     targets = list(dict.fromkeys(measured.spec.target.target_id for measured in study.measured))
     covariances = np.array([measured.summary["covariance"] for measured in study.measured])
@@ -119,13 +128,12 @@ def plot_covariance(study: EntropyStudy) -> Figure | None:
     return fig
 
 
-def plot_diagnostics(study: EntropyStudy) -> Figure | None:
+def plot_diagnostics(study: EntropyStudy) -> Figure | str:
     """Of the importance weights over eta: the effective sample size as a share of the evaluation sequences, by the update and,
-    dashed, the smallest by a training sequence alone, and the share of log-weights that were clipped. None without a
-    measurement."""
+    dashed, the smallest by a training sequence alone, and the share of log-weights that were clipped."""
     found = views(study)
     if not found:
-        return None
+        return NO_MEASUREMENT
     chosen = evenly(found, MAX_LINES)
     left_out = f" · {len(chosen)} of {len(found)} lines" if len(chosen) < len(found) else ""
     fig, (left, right) = grid(f"importance weights{left_out}", common(study), 2, 2)

@@ -23,6 +23,9 @@ from lambda_hat.text import number
 
 #: Panels of a figure and lines of a panel that can still be told apart; of more, evenly spaced ones are shown.
 MAX_PANELS, MAX_LINES = 9, 6
+#: Why most plots cannot be drawn of a study without measurements.
+NO_MEASUREMENT = "it needs a measurement"
+
 #: Letters of a prompt or a completion in a plot.
 MAX_LETTERS = 12
 #: Beyond these are letters that the font may not have.

@@ -19,6 +19,7 @@ from lambda_hat.entropy.plots.common import (
     LOWERED,
     MAX_PANELS,
     NEITHER,
+    NO_MEASUREMENT,
     RAISED,
     View,
     by_advantage,
@@ -51,12 +52,12 @@ FEATURES = {
 }
 
 
-def plot_attribution(study: EntropyStudy) -> Figure | None:
+def plot_attribution(study: EntropyStudy) -> Figure | str:
     """The matrix M of first-order contributions to dH/deta, training sequences by advantage, then by influence, and evaluation
-    sequences by their sum, with both sums beside it. None without a measurement."""
+    sequences by their sum, with both sums beside it."""
     found = views(study)
     if not found:
-        return None
+        return NO_MEASUREMENT
     chosen = evenly(found, MAX_MATRICES)
     columns = math.ceil(math.sqrt(len(chosen)))
     rows = -(-len(chosen) // columns)
@@ -71,11 +72,11 @@ def plot_attribution(study: EntropyStudy) -> Figure | None:
     return fig
 
 
-def plot_influence(study: EntropyStudy) -> Figure | None:
+def plot_influence(study: EntropyStudy) -> Figure | str:
     """What each training sequence adds to dH/deta, with standard errors, sorted and coloured by the sign of its advantage; the
-    largest are named by prompt and completion. None without a measurement."""
+    largest are named by prompt and completion."""
     if not study.measured:
-        return None
+        return NO_MEASUREMENT
     chosen = evenly(study.measured, MAX_PANELS)
     fig, axes = grid("influence of training sequences on the entropy", common(study), len(chosen), len(study.measured))
     for ax, measured in zip(axes, chosen, strict=True):
@@ -89,14 +90,14 @@ def plot_influence(study: EntropyStudy) -> Figure | None:
     return fig
 
 
-def plot_features(study: EntropyStudy) -> Figure | None:
+def plot_features(study: EntropyStudy) -> Figure | str:
     """Influence on dH/deta against surprisal, advantage and length, correct and incorrect completions apart, those beyond
-    Tukey's fences ringed: whether unlikely tokens of incorrect completions stand out. None without a measurement.
+    Tukey's fences ringed: whether unlikely tokens of incorrect completions stand out.
 
     rho: Spearman's rank correlation of the feature with the absolute influence.
     """
     if not study.measured:
-        return None
+        return NO_MEASUREMENT
     chosen = evenly(study.measured, MAX_ROWS)
     columns = len(FEATURES)
     fig, axes = grid(
@@ -118,13 +119,13 @@ def plot_features(study: EntropyStudy) -> Figure | None:
     return fig
 
 
-def plot_linearity(study: EntropyStudy) -> Figure | None:
+def plot_linearity(study: EntropyStudy) -> Figure | str:
     """Each training sequence's change of the entropy at a finite eta, by importance sampling and divided by eta, against its
-    first-order rate, with R^2 of that prediction; eta is too large where they leave the diagonal. None without a measurement.
+    first-order rate, with R^2 of that prediction; eta is too large where they leave the diagonal.
     """
     pairs = [(view, list(view.changes["eta"])) for view in views(study)]
     if not pairs:
-        return None
+        return NO_MEASUREMENT
     rows = evenly(pairs, MAX_ROWS)
     columns = min(MAX_ETAS, max(len(etas) for _, etas in rows))
     panels = [(view, eta) for view, etas in rows for eta in evenly(etas, columns)]

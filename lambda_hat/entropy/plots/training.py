@@ -19,12 +19,12 @@ from lambda_hat.plots.style import BAND, EXACT, MARKERS, color, evenly, finish, 
 NUM_POINTS = 100
 
 
-def plot_training(study: EntropyStudy) -> Figure | None:
+def plot_training(study: EntropyStudy) -> Figure | str:
     """Accuracy and entropy a token of each update's batch over training, a line for each setting, medians and ranges over the
-    seeds, and the llc of checkpoints, where it was estimated, with its standard error. None without a policy's curves."""
+    seeds, and the llc of checkpoints, where it was estimated, with its standard error."""
     found = by_setting(study)
     if not found:
-        return None
+        return "no policy of it was trained by rewards"
     llcs = study.llcs if study.llcs is not None and len(study.llcs) else None
     chosen = evenly(found, MAX_LINES)
     count = 2 if llcs is None else 3
@@ -53,14 +53,14 @@ def plot_training(study: EntropyStudy) -> Figure | None:
     return fig
 
 
-def plot_exchange(study: EntropyStudy) -> Figure | None:
+def plot_exchange(study: EntropyStudy) -> Figure | str:
     """Accuracy R against entropy H, both of each update's batch, H the mean over its tokens, with R = -a exp(H) + b fitted to
-    each setting, all seeds together. None where no policy's entropy changes."""
+    each setting, all seeds together."""
     fits = [(policies, *batches(policies)) for policies in by_setting(study)]
     found = [(policies, entropy, accuracy, fit) for policies, entropy, accuracy in fits
              if (fit := exchange_fit(entropy, accuracy)) is not None]  # fmt: skip
     if not found:
-        return None
+        return "it takes three different entropies of a policy's training"
     chosen = evenly(found, MAX_LINES)
     fig, (ax,) = grid(f"accuracy for entropy{_left_out(chosen, found)}", common(study), 1, 1, height=4.2)
     for index, (policies, entropy, accuracy, fit) in enumerate(chosen):
