@@ -21,7 +21,7 @@ from lambda_hat.batch_size.ends import find_ends
 from lambda_hat.batch_size.plan import StudyPlan, describe, make_study
 from lambda_hat.batch_size.summary import incomplete, label, outcome, preview, summary, text
 from lambda_hat.manifest import study_address
-from lambda_hat.preflight import check
+from lambda_hat.preflight import check, check_samplings
 from lambda_hat.settings import Runtime, Settings
 from lambda_hat.store import Store
 
@@ -56,7 +56,9 @@ def batch_size(
 def _plan(settings: Settings, store: Store, experiment: str | None, overrides: list[str]) -> StudyPlan:
     """The study asked for, once it is clear that nothing is in its way."""
     study, done = make_study(settings, experiment, overrides), artifacts.trained(store)
-    check([trial for trial in study.trials if trial.target_id not in done], store)
+    check([trial for trial in study.trials if trial.target_id not in done], store, settings.runtime)
+    networks = {(trial.task, trial.widths, trial.precision): trial for trial in study.trials}
+    check_samplings(study.runs(settings, list(networks.values())), settings.runtime)
     return study
 
 

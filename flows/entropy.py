@@ -55,8 +55,8 @@ def _plan(settings: Settings, store: Store, experiment: str | None, overrides: l
     """The study asked for, once it is clear that nothing is in its way."""
     study = make_entropy_plan(settings, experiment, overrides)
     measured = {manifest.id for manifest in store.manifests(entropy_address(spec.entropy_id) for spec in study.specs)}
-    check([spec.target for spec in study.specs if spec.entropy_id not in measured], store)
-    check_runs(study.runs, store)
+    check([spec.target for spec in study.specs if spec.entropy_id not in measured], store, settings.runtime)
+    check_runs(study.runs, store, settings.runtime)
     return study
 
 

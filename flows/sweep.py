@@ -58,7 +58,7 @@ def _plan(
 ) -> list[RunSpec]:
     """The runs asked for, once it is clear that nothing is in their way."""
     specs = _asked(settings, store, experiment, overrides, from_run)
-    check_runs(specs, store)
+    check_runs(specs, store, settings.runtime)
     return specs
 
 

@@ -10,9 +10,11 @@ from typing import Literal, Self
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
 from pydantic import Field, PositiveInt, model_validator
 
-from lambda_hat.spec import Spec
+from lambda_hat.spec import Precision, Spec
+from lambda_hat.target import Shapes
 
 Activation = Literal["relu", "leaky_relu", "gelu", "silu", "tanh", "identity"]
 
@@ -143,6 +145,12 @@ class CnnSpec(Spec):
     channels: tuple[PositiveInt, ...] = Field((8, 16), min_length=1, max_length=5, description="channels of each convolution")
     bias: bool = Field(True, description="whether layers add a bias")
     init: Init = Field("auto", description="initial weights of the convolutions; auto = he")
+
+
+def input_shapes(network: hk.Transformed, input_dim: int, precision: Precision) -> Shapes:
+    """What `init` gives for inputs (batch, input_dim), without the numbers."""
+    with jax.enable_x64(precision == "float64"):
+        return jax.eval_shape(network.init, jax.random.key(0), jax.ShapeDtypeStruct((1, input_dim), np.dtype(precision)))
 
 
 @functools.cache

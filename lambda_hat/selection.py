@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import math
 import re
@@ -44,8 +45,7 @@ def select(params: Params, patterns: Sequence[str]) -> Selection:
         matched = [place for place, name in enumerate(names) if fnmatch.fnmatchcase(name, glob)]
         if not matched:
             raise InvalidInput(
-                f"Every pattern of posterior.parameters must name a parameter; got {shortened(pattern)}. "
-                f"There are: {listed(names)}."
+                f"Every pattern of posterior.parameters must name a parameter; got {shortened(pattern)}. {_remedy(glob, names)}"
             )
         for place in matched:
             if selection[place] not in (None, index):
@@ -63,6 +63,13 @@ def select(params: Params, patterns: Sequence[str]) -> Selection:
                 ) from error
             selection[place] = index
     return tuple(selection)
+
+
+def _remedy(glob: str, names: Sequence[str]) -> str:
+    """For a pattern that names nothing: the nearest one that does, and the names there are."""
+    modules = {name.rpartition("/")[0] for name in names} - {""}
+    close = difflib.get_close_matches(glob, [*names, *modules, *(f"{module}/*" for module in modules)], n=1)
+    return (f"Did you mean {close[0]!r}? " if close else "") + f"There are: {listed(names)}."
 
 
 def index_of(text: str) -> tuple[int | slice, ...]:

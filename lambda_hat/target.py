@@ -15,6 +15,7 @@ from lambda_hat.chunks import Progress, no_progress
 from lambda_hat.spec import InvalidInput, Precision, Spec, content_id
 
 Params = Any  # a nested dict of arrays
+Shapes = Any  # the same of what has a shape and a dtype alone
 Arrays = dict[str, Any]
 
 #: The observable that every target has: evenly spaced samples of its training data, unless it has one of its own.
@@ -68,6 +69,19 @@ class TargetSpec(Spec):
     def num_data(self) -> int:
         """Number of training samples n."""
         return self.data.n_data  # type: ignore[attr-defined]
+
+    @property
+    def sample_size(self) -> int:
+        """Numbers in a sample, where that is known without building; else 0."""
+        return 0
+
+    def param_shapes(self) -> Shapes:
+        """What w* is made of, without its numbers and without training.
+
+        Raises:
+          InvalidInput: see `build`.
+        """
+        raise TypeError(f"{type(self).__name__} does not say what w* is made of")
 
     def check_sources(self, built: bool) -> None:
         """Looks for what the target needs from outside, files or a function, before any work.
@@ -241,6 +255,12 @@ def _to_float64(array: Any) -> np.ndarray:
     """Floating arrays in float64; integers (labels) as they are."""
     array = np.asarray(array)
     return array.astype(np.float64) if np.issubdtype(array.dtype, np.floating) else array
+
+
+def shaped(shapes: Mapping[str, Any], precision: Precision) -> Shapes:
+    """Nested mappings of shapes as `Shapes`."""
+    is_shape = {"is_leaf": lambda node: isinstance(node, tuple)}
+    return jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, np.dtype(precision)), dict(shapes), **is_shape)
 
 
 def num_params(params: Params) -> int:

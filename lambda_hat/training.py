@@ -40,7 +40,7 @@ class TrainingSpec(Spec):
     learning_rate: float = Field(1e-2, gt=0, description="peak learning rate")
     schedule: Literal["constant", "cosine"] = Field("cosine", description="learning-rate schedule; cosine ends at zero")
     warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises linearly from zero")
-    num_steps: int = Field(5000, ge=1, description="optimizer steps")
+    num_steps: int = Field(5000, ge=1, le=2**30, description="optimizer steps")
     batch_size: int | None = Field(None, ge=1, description="samples per step, drawn with replacement; none = all of them")
     momentum: float = Field(0.0, ge=0, lt=1, description="of sgd: gradients add up with this decay")
     beta1: float = Field(0.9, ge=0, lt=1, description="of adam and adamw: decay of the mean of the gradients")

@@ -133,7 +133,7 @@ def test_only_what_is_selected_moves():
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [
-        (["laier/*"], r"got 'laier/\*'\. There are: layer/b, layer/w, out"),
+        (["laier/*"], r"got 'laier/\*'\. Did you mean 'layer/\*'\? There are: layer/b, layer/w, out"),
         (["out[9]"], r"must fit the tensor 'out', of shape \(4,\)"),
         (["out[2:2]"], "it is empty"),
         (["out[1,1]"], "must fit the tensor"),

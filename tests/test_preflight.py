@@ -330,3 +330,76 @@ class TestPretrained:
         path.write_bytes(b"GGUF and no more")
         settings_file.write_text(SETTINGS.replace("FOLDER", str(path)).replace("SHA256", fingerprint(path)))
         refused("entropy", "target=pretrained", words=["must be whole and readable", "Get them again"])
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("sweep", ["sampler.num_chains=100000000"], ["100000000 chains of 30 draws, burn-in included, and 4 parameters", "GB"]),
+        ("sweep", ["sampler.num_draws=1000000000"], ["4 chains of 1000000020 draws", "Lower sampler.num_chains"]),
+        ("sweep", ["sampler.num_draws=10000000000"], ["a chain has at most 1073741824 steps", "are 10000000020"]),
+        ("sweep", ["sampler.num_burnin_steps=10000000000"], ["a chain has at most 1073741824 steps"]),
+        ("sweep", ["data.n_data=1000000000000"], ["1000000000000 samples of 4 numbers", "take at least 16 TB"]),
+        ("sweep", ["target.dim=1000000000"], ["300 samples of 1000000000 numbers", "Lower the number of samples"]),
+        ("sweep", ["target=net", "model.width=10000000", "model.depth=2"], ["parameters", "take at least", "TB"]),
+        ("sweep", ["target=net", "model.width=10000000000"], ["parameters", "take at least"]),
+        ("sweep", ["target=net", "data.input_dim=1000000000000"], ["300 samples of", "take at least"]),
+        ("sweep", ["target=net", "training.num_steps=100000000000"], ["training.num_steps must be less than", "100000000000"]),
+        ("batch_size", ["width=10000000", "depth=3"], ["a network of 100000170000000 parameters", "TB"]),
+        ("batch_size", ["task.n_data=1000000000000"], ["1000000000000 samples of 17 numbers"]),
+        ("batch_size", ["num_steps=100000000000"], ["num_steps must be less than"]),
+        ("batch_size", ["sampler=hmc", "sampler.num_chains=100000000"], ["100000000 chains", "take at least"]),
+        ("entropy", ["model.width=10000000000"], ["parameters", "take at least"]),
+        ("entropy", ["evaluation.num_prompts=100000000"], ["at most 1000000 sequences"]),
+        ("entropy", ["target.rl.num_prompts=100000000000"], ["num_prompts must be less than"]),
+        ("entropy", ["sampler=hmc", "sampler.num_chains=100000000"], ["100000000 chains", "take at least"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_absurd_sizes(refused, name, arguments, words):
+    refused(name, *arguments, words=words)
+
+
+def test_what_fits_elsewhere_is_not_measured_by_this_machine(command, monkeypatch):
+    """Engines whose workers are other machines."""
+    monkeypatch.setattr("os.sysconf", lambda name: 1)
+    assert "of 4 parameters" not in command("sweep", "--dry-run").out
+    assert "Work must fit into memory, 1 bytes here" in command("sweep", "--dry-run").err
+    monkeypatch.setenv("LAMBDA_HAT_RUNTIME__ENGINE", "dask")
+    monkeypatch.setenv("LAMBDA_HAT_RUNTIME__DASK_ADDRESS", "tcp://elsewhere:8786")
+    assert command("sweep", "--dry-run").status == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("sweep", ["target=net", "posterior.parameters=[hiden_0/*]"], ["got 'hiden_0/*'", "Did you mean 'hidden_0/*'?"]),
+        ("sweep", ["target=net", "posterior.parameters=[hidden_0/w,'output/b[7]']"], ["'output/b[7]'", "of shape (1,)"]),
+        ("sweep", ["posterior.parameters=[v]"], ["got 'v'", "There are: w."]),
+        ("batch_size", ["sampler=hmc", "posterior.parameters=[layer_7/w]"], ["Did you mean 'layer_", "layer_0/w, layer_1/w"]),
+        ("entropy", ["sampler=hmc", "posterior.parameters=[layer_0/qery/*]"], ["Did you mean 'layer_0/query/*'?"]),
+        ("entropy", ["target.lora.rank=2", "target.lora.matrices=[*/qeury]"], ["matrices of adapters", "layer_0/query"]),
+        (
+            "entropy",
+            ["target.lora.rank=2", "sampler=hmc", "posterior.parameters=[layer_0/query/w]"],
+            ["There are: layer_0/query/a, layer_0/query/b"],
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_misspelt_parameters(refused, name, arguments, words):
+    refused(name, *arguments, words=words)
+
+
+def test_misspelt_parameters_of_a_function(refused, tmp_path, monkeypatch):
+    """Which is called for it, and only then."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "module_of_mine.py").write_text(
+        "import numpy as np\n"
+        "def target():\n"
+        "    x = np.ones((5, 2), np.float32)\n"
+        "    return lambda p, batch: (batch @ p['slope']) ** 2, {'slope': np.zeros(2, np.float32)}, x\n"
+    )
+    monkeypatch.delitem(sys.modules, "module_of_mine", raising=False)
+    refused("sweep", "target=mine", "posterior.parameters=[slop]", words=["got 'slop'", "Did you mean 'slope'?"])
+    sys.modules.pop("module_of_mine", None)

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from lambda_hat import artifacts, data
 from lambda_hat.networks import CnnSpec
 from lambda_hat.policies.decoder import DecoderSpec
+from lambda_hat.policies.lora import LoraSpec
 from lambda_hat.policies.spec import PolicySpec, RlSpec, WarmStartSpec
 from lambda_hat.policies.tasks import ModularTask
 from lambda_hat.spec import InvalidInput
@@ -450,3 +451,23 @@ def test_custom_ids_follow_path_arguments_and_version():
 def test_observables_are_named_without_building(family):
     spec = CASES[family]()
     assert set(spec.build().observables) == set(spec.observable_names)
+
+
+@family
+def test_what_a_target_is_made_of_is_known_without_building_it(family):
+    spec = CASES[family]()
+    built, known = spec.build(), spec.param_shapes()
+    assert jax.tree.structure(known) == jax.tree.structure(built.params_star)
+    for shape, leaf in zip(leaves(known), leaves(built.params_star), strict=True):
+        assert (shape.shape, shape.dtype) == (leaf.shape, leaf.dtype)
+    if family not in ("custom", "policy"):
+        assert spec.sample_size <= sum(np.size(array[0]) for array in built.dataset.samples.values())
+        assert spec.sample_size > 0
+
+
+def test_shapes_of_adapters():
+    spec = CASES["policy"](lora=LoraSpec(rank=2), precision="float64")
+    built = spec.build()
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), spec.param_shapes()) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), built.params_star
+    )

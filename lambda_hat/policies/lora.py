@@ -5,12 +5,13 @@ from __future__ import annotations
 import fnmatch
 import math
 
+import jax
 import numpy as np
 from pydantic import Field
 
 from lambda_hat.policies.decoder import Adapted
 from lambda_hat.spec import InvalidInput, Spec
-from lambda_hat.target import Params
+from lambda_hat.target import Params, Shapes
 
 
 class LoraSpec(Spec):
@@ -27,9 +28,8 @@ class LoraSpec(Spec):
         return self.alpha / self.rank
 
 
-def init_adapters(spec: LoraSpec, params: Params, seed: tuple[int, ...]) -> Params:
-    """Adapters {module: {"a": (in, rank), "b": (rank, out)}} in the parameters' dtype: A from N(0, 1/in), B = 0, so that the
-    network is at first the same.
+def adapter_shapes(spec: LoraSpec, params: Params) -> Shapes:
+    """Shapes and dtypes {module: {"a": (in, rank), "b": (rank, out)}} of adapters to `params`, of which the shapes are enough.
 
     Raises:
       InvalidInput: a name in `spec.matrices` is of no matrix.
@@ -41,12 +41,27 @@ def init_adapters(spec: LoraSpec, params: Params, seed: tuple[int, ...]) -> Para
                 f"matrices of adapters must be modules of the network; got {pattern!r}, and there are {', '.join(matrices)}. "
                 "Name some of these."
             )
+    return {
+        module: {
+            "a": jax.ShapeDtypeStruct((w.shape[0], spec.rank), w.dtype),
+            "b": jax.ShapeDtypeStruct((spec.rank, w.shape[1]), w.dtype),
+        }
+        for module, w in matrices.items()
+        if any(fnmatch.fnmatch(module, pattern) for pattern in spec.matrices)
+    }
+
+
+def init_adapters(spec: LoraSpec, params: Params, seed: tuple[int, ...]) -> Params:
+    """Adapters to `params`, as `adapter_shapes` has them: A from N(0, 1/in), B = 0, so that the network is at first the same.
+
+    Raises:
+      InvalidInput: a name in `spec.matrices` is of no matrix.
+    """
     rng = np.random.default_rng(seed)
     adapters = {}
-    for module, w in matrices.items():
-        if any(fnmatch.fnmatch(module, pattern) for pattern in spec.matrices):
-            a = rng.standard_normal((w.shape[0], spec.rank)) / math.sqrt(w.shape[0])
-            adapters[module] = {"a": a.astype(w.dtype), "b": np.zeros((spec.rank, w.shape[1]), w.dtype)}
+    for module, own in adapter_shapes(spec, params).items():
+        a = rng.standard_normal(own["a"].shape) / math.sqrt(own["a"].shape[0])
+        adapters[module] = {"a": a.astype(own["a"].dtype), "b": np.zeros(own["b"].shape, own["b"].dtype)}
     return adapters
 
 

@@ -11,33 +11,33 @@ from pydantic import Field, model_validator
 
 from lambda_hat.chunks import Progress, no_progress
 from lambda_hat.policies.decoder import Decoder, DecoderSpec, decoder
-from lambda_hat.policies.lora import LoraSpec
+from lambda_hat.policies.lora import LoraSpec, adapter_shapes
 from lambda_hat.policies.objective import negative_log_likelihoods
 from lambda_hat.policies.policy import Policy, frozen
 from lambda_hat.policies.pretrained import PretrainedSpec, open_pretrained
 from lambda_hat.policies.tasks import AnyTask, ModularTask, TokenizedTask
 from lambda_hat.policies.tokenizer import Tokenizer
 from lambda_hat.spec import Spec
-from lambda_hat.target import Dataset, Objective, Params, Save, Target, TargetSpec, Unfinished
+from lambda_hat.target import Dataset, Objective, Params, Save, Shapes, Target, TargetSpec, Unfinished
 
 
 class WarmStartSpec(Spec):
     """Supervised training on the right answers with Adam, until the policy samples enough of them."""
 
     learning_rate: float = Field(3e-3, gt=0, description="of Adam")
-    batch_size: int = Field(128, ge=1, description="prompts of a step, drawn with replacement")
+    batch_size: int = Field(128, ge=1, le=10**6, description="prompts of a step, drawn with replacement")
     target_accuracy: float = Field(
         0.45, gt=0, le=1, description="stop after the first step whose batch has a mean probability of the answer this high"
     )
-    max_steps: int = Field(3000, ge=0, description="stop after this many steps at the latest")
+    max_steps: int = Field(3000, ge=0, le=2**30, description="stop after this many steps at the latest")
 
 
 class RlSpec(Spec):
     """Group-relative policy gradient with AdamW: see `lambda_hat.policies.objective`."""
 
-    num_steps: int = Field(150, ge=1, description="updates")
-    num_prompts: int = Field(32, ge=1, description="prompts U of an update, drawn with replacement")
-    num_completions: int = Field(8, ge=2, description="completions G of each prompt")
+    num_steps: int = Field(150, ge=1, le=2**30, description="updates")
+    num_prompts: int = Field(32, ge=1, le=10**6, description="prompts U of an update, drawn with replacement")
+    num_completions: int = Field(8, ge=2, le=10**6, description="completions G of each prompt")
     learning_rate: float = Field(1e-3, gt=0, description="of AdamW")
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean of the gradients")
     beta2: float = Field(0.999, ge=0, lt=1, description="decay of the mean of their squares")
@@ -130,6 +130,11 @@ class PolicySpec(TargetSpec):
 
     def check_sources(self, built: bool) -> None:
         self.tokenized().prompts()  # of a pretrained model from its files, which its loss needs too
+
+    def param_shapes(self) -> Shapes:
+        network = self.decoder().shapes()
+        shapes = network if self.lora is None else adapter_shapes(self.lora, network)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.dtype(self.precision)), shapes)
 
     def build(self, progress: Progress = no_progress, resume: Unfinished | None = None, save: Save | None = None) -> Target:
         """Trains the policy; see `TargetSpec.build`.

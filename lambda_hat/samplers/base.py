@@ -8,15 +8,19 @@ step_size * grad U and add noise of variance 2 * step_size (BlackJAX's conventio
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import jax
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lambda_hat.spec import Spec
 
 #: A step size in the convention above, or "auto": found during burn-in.
 StepSize = Annotated[float, Field(gt=0)] | Literal["auto"]
+
+
+#: Steps are counted in 32 bits.
+MAX_STEPS = 2**30
 
 
 class SamplerSpec(Spec):
@@ -31,6 +35,16 @@ class SamplerSpec(Spec):
     observables: tuple[str, ...] = Field(
         (), description='datasets of the target whose per-sample losses are recorded at every draw, like "train" or "test"'
     )
+
+    @model_validator(mode="after")
+    def _steps_are_counted(self) -> Self:
+        steps = (self.num_burnin_draws + self.num_draws) * self.num_steps_bw_draws
+        if steps > MAX_STEPS:
+            raise ValueError(
+                f"a chain has at most {MAX_STEPS} steps; num_burnin_steps={self.num_burnin_steps}, num_draws={self.num_draws} "
+                f"and num_steps_bw_draws={self.num_steps_bw_draws} are {steps}: lower them"
+            )
+        return self
 
     @property
     def num_burnin_draws(self) -> int:

@@ -14,17 +14,20 @@ from pydantic import Field, model_validator
 
 from lambda_hat import data
 from lambda_hat.chunks import Progress, no_progress
+from lambda_hat.spec import Precision
 from lambda_hat.target import (
     Dataset,
     DataSpec,
     Objective,
     Params,
     Save,
+    Shapes,
     Target,
     TargetSpec,
     Unfinished,
     mean_loss_float64,
     num_params,
+    shaped,
 )
 from lambda_hat.theory import deep_linear_llc
 
@@ -53,6 +56,13 @@ class QuadraticSpec(TargetSpec):
     def curvatures(self) -> np.ndarray:
         """h, shape (d,), descending."""
         return np.geomspace(1.0, 1.0 / self.condition_number, self.dim)
+
+    @property
+    def sample_size(self) -> int:
+        return self.dim
+
+    def param_shapes(self) -> Shapes:
+        return shaped({"w": (self.dim,)}, self.precision)
 
     def build(self, progress: Progress = no_progress, resume: Unfinished | None = None, save: Save | None = None) -> Target:
         samples = data.normal((self.seed, 0), (self.data.n_data, self.dim), self.data.noise_scale).astype(self.precision)
@@ -107,6 +117,13 @@ class DeepLinearSpec(TargetSpec):
         _check_deep_linear(self.widths, self.rank, self.data.n_data)
         return self
 
+    @property
+    def sample_size(self) -> int:
+        return self.widths[0]
+
+    def param_shapes(self) -> Shapes:
+        return _layer_shapes(self.widths, self.precision)
+
     def build(self, progress: Progress = no_progress, resume: Unfinished | None = None, save: Save | None = None) -> Target:
         rng = np.random.default_rng(self.seed)
         bases = [np.linalg.qr(rng.standard_normal((width, max(self.rank, 1))))[0][:, : self.rank] for width in self.widths]
@@ -134,6 +151,11 @@ class DeepLinearSpec(TargetSpec):
 
     def objective(self) -> Objective:
         return _DEEP_LINEAR
+
+
+def _layer_shapes(widths: tuple[int, ...], precision: Precision) -> Shapes:
+    pairs = enumerate(itertools.pairwise(widths))
+    return shaped({f"layer_{s}": (outer, inner) for s, (inner, outer) in pairs}, precision)
 
 
 def _check_deep_linear(widths: tuple[int, ...], rank: int, n_data: int) -> None:
@@ -172,6 +194,13 @@ class ReducedRankSpec(TargetSpec):
     @property
     def _widths(self) -> tuple[int, ...]:
         return self.input_dim, self.hidden_dim, self.output_dim
+
+    @property
+    def sample_size(self) -> int:
+        return self.input_dim
+
+    def param_shapes(self) -> Shapes:
+        return _layer_shapes(self._widths, self.precision)
 
     def build(self, progress: Progress = no_progress, resume: Unfinished | None = None, save: Save | None = None) -> Target:
         spec = DeepLinearSpec(seed=self.seed, precision=self.precision, data=self.data, widths=self._widths, rank=self.rank)

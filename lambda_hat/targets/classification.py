@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from lambda_hat import data
 from lambda_hat.chunks import Progress, no_progress
-from lambda_hat.networks import CnnSpec, ModelSpec, cnn, mlp
+from lambda_hat.networks import CnnSpec, ModelSpec, cnn, input_shapes, mlp
 from lambda_hat.target import (
     OBSERVABLE_SIZE,
     Dataset,
@@ -23,6 +23,7 @@ from lambda_hat.target import (
     Objective,
     Params,
     Save,
+    Shapes,
     Target,
     Unfinished,
     mean_float64,
@@ -71,6 +72,13 @@ class _ClassificationSpec(TrainedSpec):
     @property
     def observable_names(self) -> tuple[str, ...]:
         return ("test", *(f"class_{label}" for label in range(NUM_CLASSES)))
+
+    @property
+    def sample_size(self) -> int:
+        return self.side**2 + 1
+
+    def param_shapes(self) -> Shapes:
+        return input_shapes(self.network(), self.side**2, self.precision)
 
     def build(self, progress: Progress = no_progress, resume: Unfinished | None = None, save: Save | None = None) -> Target:
         dataset, test = self.images()

@@ -19,6 +19,7 @@ from lambda_hat.target import (
     DataSpec,
     Objective,
     Save,
+    Shapes,
     Target,
     TargetSpec,
     Unfinished,
@@ -48,6 +49,9 @@ class CustomSpec(TargetSpec):
 
     def check_sources(self, built: bool) -> None:
         _function(self.path, canonical_json(self.arguments), self.seed)
+
+    def param_shapes(self) -> Shapes:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self._wrapped().params)
 
     def build(self, progress: Progress = no_progress, resume: Unfinished | None = None, save: Save | None = None) -> Target:
         wrapped = self._wrapped()

@@ -19,8 +19,10 @@ from lambda_hat.target import (
     Objective,
     Params,
     Save,
+    Shapes,
     Target,
     Unfinished,
+    shaped,
 )
 from lambda_hat.targets.classification import classification_measure, cross_entropy
 from lambda_hat.training import TrainedSpec, TrainingSpec, Untrained, train_target
@@ -30,7 +32,7 @@ class TransformerSpec(Spec):
     """One layer of attention and MLP, no layer norm; weights start N(0, 1/fan_in), biases at 0."""
 
     width: int = Field(64, ge=1, description="dimension of the residual stream")
-    num_heads: int = Field(4, ge=1, description="attention heads, each of dimension width / num_heads")
+    num_heads: int = Field(4, ge=1, le=1000, description="attention heads, each of dimension width / num_heads")
     mlp_width: int = Field(128, ge=1, description="hidden units of the MLP")
 
     @model_validator(mode="after")
@@ -39,32 +41,28 @@ class TransformerSpec(Spec):
             raise ValueError(f"width must be a multiple of num_heads, {self.num_heads}; got {self.width}")
         return self
 
-    def init(self, seed: tuple[int, int], modulus: int) -> Params:
-        """Initial parameters, float64. Each head's are leaves of their own, so that a posterior can move one head alone."""
-        rng = np.random.default_rng(seed)
-        d, head = self.width, self.width // self.num_heads
-
-        def weights(fan_in: int, fan_out: int) -> np.ndarray:
-            return rng.standard_normal((fan_in, fan_out)) / math.sqrt(fan_in)
-
-        heads = {
-            f"head_{h}": {
-                "query": weights(d, head), "key": weights(d, head), "value": weights(d, head), "output": weights(head, d),
-            }
-            for h in range(self.num_heads)
-        }  # fmt: skip
+    def shapes(self, modulus: int) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Of the parameters. Each head's are leaves of their own, so that a posterior can move one head alone."""
+        d, head, mlp = self.width, self.width // self.num_heads, self.mlp_width
+        one: dict[str, tuple[int, ...]] = {"query": (d, head), "key": (d, head), "value": (d, head), "output": (head, d)}
         return {
+            **{f"head_{h}": one for h in range(self.num_heads)},  # in the order in which they are drawn
+            "embedding": {"token": (modulus + 1, d), "position": (3, d)},
+            "mlp": {"in_w": (d, mlp), "in_b": (mlp,), "out_w": (mlp, d), "out_b": (d,)},
+            "unembedding": {"w": (d, modulus)},
+        }
+
+    def init(self, seed: tuple[int, int], modulus: int) -> Params:
+        """Initial parameters, float64."""
+        rng, shapes = np.random.default_rng(seed), self.shapes(modulus)
+
+        def initial(name: str, shape: tuple[int, ...]) -> np.ndarray:
+            if name.endswith("_b"):
+                return np.zeros(shape)
             # One-hot tokens have one input; the last is the equals sign.
-            "embedding": {
-                name: rng.standard_normal((rows, d)) / math.sqrt(d) for name, rows in (("token", modulus + 1), ("position", 3))
-            },
-            **heads,
-            "mlp": {
-                "in_w": weights(d, self.mlp_width), "in_b": np.zeros(self.mlp_width),
-                "out_w": weights(self.mlp_width, d), "out_b": np.zeros(d),
-            },
-            "unembedding": {"w": weights(d, modulus)},
-        }  # fmt: skip
+            return rng.standard_normal(shape) / math.sqrt(self.width if name in ("token", "position") else shape[0])
+
+        return {module: {name: initial(name, shape) for name, shape in own.items()} for module, own in shapes.items()}
 
 
 def transformer(params: Params, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -126,6 +124,13 @@ class ModularAdditionSpec(TrainedSpec):
     @property
     def observable_names(self) -> tuple[str, ...]:
         return ("test",)
+
+    @property
+    def sample_size(self) -> int:
+        return 3
+
+    def param_shapes(self) -> Shapes:
+        return shaped(self.model.shapes(self.data.modulus), self.precision)
 
     def build(self, progress: Progress = no_progress, resume: Unfinished | None = None, save: Save | None = None) -> Target:
         p, n = self.data.modulus, self.data.n_data

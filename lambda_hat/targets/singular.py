@@ -19,11 +19,13 @@ from lambda_hat.target import (
     Objective,
     Params,
     Save,
+    Shapes,
     Target,
     TargetSpec,
     Unfinished,
     mean_loss_float64,
     num_params,
+    shaped,
 )
 from lambda_hat.theory import LearningCoefficient, normal_crossing_llc, tanh_llc
 
@@ -52,6 +54,13 @@ class NormalCrossingSpec(TargetSpec):
         if not any(self.exponents):
             raise ValueError(f"one exponent at least must be above 0, or the loss is constant; got {list(self.exponents)}")
         return self
+
+    @property
+    def sample_size(self) -> int:
+        return len(self.exponents)
+
+    def param_shapes(self) -> Shapes:
+        return shaped({"w": (len(self.exponents),)}, self.precision)
 
     def build(self, progress: Progress = no_progress, resume: Unfinished | None = None, save: Save | None = None) -> Target:
         tilts = data.normal((self.seed, 0), (self.data.n_data, len(self.exponents)), self.data.noise_scale)
@@ -101,6 +110,13 @@ class TanhSpec(TargetSpec):
                 f"the function and the exact llc does not hold; got {self.data.n_data}"
             )
         return self
+
+    @property
+    def sample_size(self) -> int:
+        return 1
+
+    def param_shapes(self) -> Shapes:
+        return shaped(dict.fromkeys(("a", "b"), (self.hidden,)), self.precision)
 
     def build(self, progress: Progress = no_progress, resume: Unfinished | None = None, save: Save | None = None) -> Target:
         bound = self.data.input_bound

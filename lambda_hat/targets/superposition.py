@@ -18,9 +18,11 @@ from lambda_hat.target import (
     Objective,
     Params,
     Save,
+    Shapes,
     Target,
     Unfinished,
     mean_loss_float64,
+    shaped,
 )
 from lambda_hat.training import TrainedSpec, TrainingSpec, Untrained, train_target
 
@@ -51,6 +53,13 @@ class SuperpositionSpec(TrainedSpec):
     @property
     def observable_names(self) -> tuple[str, ...]:
         return tuple(f"feature_{i}" for i in range(min(self.data.num_features, OBSERVED_FEATURES)))
+
+    @property
+    def sample_size(self) -> int:
+        return self.data.num_features
+
+    def param_shapes(self) -> Shapes:
+        return shaped({"w": (self.num_hidden, self.data.num_features), "b": (self.data.num_features,)}, self.precision)
 
     def build(self, progress: Progress = no_progress, resume: Unfinished | None = None, save: Save | None = None) -> Target:
         rng = np.random.default_rng((self.seed, 0))

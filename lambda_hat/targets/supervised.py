@@ -12,13 +12,14 @@ from pydantic import Field
 
 from lambda_hat.chunks import Progress, no_progress
 from lambda_hat.data import RegressionData, draw_inputs, draw_noise
-from lambda_hat.networks import ModelSpec, mlp
+from lambda_hat.networks import ModelSpec, input_shapes, mlp
 from lambda_hat.target import (
     OBSERVABLE_SIZE,
     Dataset,
     Objective,
     Params,
     Save,
+    Shapes,
     Target,
     Unfinished,
     mean_loss_float64,
@@ -48,6 +49,13 @@ class MlpSpec(TrainedSpec):
     @property
     def observable_names(self) -> tuple[str, ...]:
         return ("test",)
+
+    @property
+    def sample_size(self) -> int:
+        return self.data.input_dim + self.data.output_dim
+
+    def param_shapes(self) -> Shapes:
+        return input_shapes(mlp(self.model, self.data.output_dim), self.data.input_dim, self.precision)
 
     def build(self, progress: Progress = no_progress, resume: Unfinished | None = None, save: Save | None = None) -> Target:
         teacher_key, student_key, training_key = jax.random.split(jax.random.key(self.seed), 3)

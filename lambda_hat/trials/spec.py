@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from typing import Literal, Self
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from pydantic import Field, model_validator
 
 from lambda_hat.chunks import Progress, no_progress
-from lambda_hat.target import Dataset, Objective, Params, Save, Target, TargetSpec, Unfinished
+from lambda_hat.target import Dataset, Objective, Params, Save, Shapes, Target, TargetSpec, Unfinished, shaped
 from lambda_hat.trials.network import Parameterization, forward, output_scale
 from lambda_hat.trials.task import AnyTask, ImagesTask
 
@@ -137,6 +138,14 @@ class TrialSpec(TargetSpec):
     def check_sources(self, built: bool) -> None:
         if not built and self.task.kind == "images":
             self.task.load(self.precision)
+
+    @property
+    def sample_size(self) -> int:
+        return self.task.input_dim + self.task.output_dim
+
+    def param_shapes(self) -> Shapes:
+        layers = enumerate(itertools.pairwise(self.widths))
+        return shaped({f"layer_{layer}": {"w": shape} for layer, shape in layers}, self.precision)
 
     def build(self, progress: Progress = no_progress, resume: Unfinished | None = None, save: Save | None = None) -> Target:
         """Trains this trial alone, by the engine that trains many; see `TargetSpec.build`.
