@@ -157,7 +157,8 @@ def estimate_llc(
       data: any pytree of arrays whose first axis is the sample, such as (x, y): all the training data.
       sampler: "sgld", "sghmc", "sgnht", "mala", "hmc", "nuts", "mclmc", "adjusted_mclmc", "vi", "smc", or a spec of one.
       weights: what the samples count, (n,), such as the numbers of tokens of rows or class weights: L_n(w) is then
-        sum_i weights_i l_i(w) / sum_i weights_i, and a loss_fn that returns a mean may weight it so; None = all the same.
+        sum_i weights_i l_i(w) / sum_i weights_i, and a loss_fn that returns a mean may weight it so; samples of weight 0
+        are left out. None = all the same.
       nbeta: n times the inverse temperature; None = n / log n.
       localization, metric, parameters: strength of the pull towards w*, the units it is measured in, and patterns of the names
         of the parameters that move, like "layers/0/*"; see `lambda_hat.posterior.PosteriorSpec`.
@@ -197,6 +198,11 @@ def estimate_llcs(
     Raises:
       InvalidInput: as `estimate_llc`.
     """
+    if observables is not None and not isinstance(observables, Mapping):
+        raise InvalidInput(
+            f"observables must be a mapping of names to data; got {type(observables).__name__}. Pass for example "
+            "{'test': (x_test, y_test)}; {} follows training samples."
+        )
     wrapped = wrap(loss_fn, params, data, weights)
     followed = {name: wrap_like(name, part, data, wrapped) for name, part in (observables or {}).items()}
     names = () if observables is None else tuple(dict.fromkeys([TRAIN, *followed]))
@@ -308,7 +314,7 @@ def _init_loss(wrapped: Wrapped) -> float:
     """L_n(w*), in float64 unless the loss has float32 written into it."""
     try:
         return mean_loss_float64(wrapped.objective, wrapped.params, wrapped.dataset)
-    except (TypeError, ValueError):  # what JAX raises where dtypes do not fit
+    except Exception:  # what JAX or the user's own code raises where dtypes do not fit
         return float(np.mean(wrapped.losses, dtype=np.float64))
 
 

@@ -22,8 +22,11 @@ Star = dict[str, np.ndarray]
 
 #: Random batches in which the losses of samples are compared with those in other batches, and the samples of each.
 NUM_BATCHES, BATCH = 16, 32
-#: How far the two may differ, relative to the mean loss: rounding of float32, and of a network that computes in 16 bits.
+#: How far the two may differ, relative to the spread of the losses: what a network in float32 makes of other shapes. A network
+#: that computes in 16 bits rounds relative to the losses themselves.
 RELATIVE, RELATIVE_16_BIT = 1e-3, 3e-2
+#: And relative to the losses themselves, a hundred roundings of float32.
+ROUNDINGS = 100 * float(np.finfo(np.float32).eps)
 #: And in nats, where only w* itself can be looked at, whose losses may be all rounding.
 ABSOLUTE = 1e-4
 #: By how much the parameters are moved for it, relative to each tensor's size: at w* itself many a loss is nearly zero.
@@ -32,9 +35,14 @@ MOVE = 0.1
 NUM_DIRECTIONS = 3
 
 
-def check_losses(losses: np.ndarray) -> None:
-    """Raises InvalidInput unless all are finite."""
+def check_losses(losses: np.ndarray, alone: bool) -> None:
+    """Raises InvalidInput unless all are finite; alone: whether each is of a batch of one, since the loss is a mean."""
     bad = np.flatnonzero(~np.isfinite(losses))
+    if alone and len(bad) == len(losses):
+        raise InvalidInput(
+            f"A scalar loss is taken of each sample alone, where it must be a number; got {losses[0]} for all {len(losses)}. "
+            "A variance or a ranking needs several samples: return the losses of the samples, (B,), each of its own sample."
+        )
     if len(bad):
         raise InvalidInput(
             f"loss_fn must be finite at params; got {losses[bad[0]]} for {len(bad)} of {len(losses)} samples, first for sample "
@@ -46,6 +54,15 @@ def check_gradient(objective: Objective, star: Star, dataset: Dataset) -> None:
     """Raises InvalidInput unless the gradient of L_n at w* is finite: no sampler leaves a point where it is not."""
     gradient = params_gradient(objective, star, euclidean_centre(objective, star, dataset))
     bad = [name for name, array in gradient.items() if not np.isfinite(array).all()]
+    if not any(array.any() for array in gradient.values()):
+        rng = np.random.default_rng(0)
+        moved = {name: _moved(array, rng) for name, array in star.items()}
+        nearby = params_gradient(objective, moved, euclidean_centre(objective, moved, dataset))
+        if not any(array.any() for array in nearby.values()):
+            raise InvalidInput(
+                "The loss must depend on params; its gradient is 0 in all of them, at params and near them. Let loss_fn use "
+                "the params that it is given."
+            )
     if bad:
         raise InvalidInput(
             f"The gradient of the loss at params must be finite; got NaN or infinity in {listed(bad)}. A norm, a square root "
@@ -71,9 +88,14 @@ def check_independence(
     if not np.isfinite(losses).all():
         point, allowed = star, ABSOLUTE
         losses = np.asarray(compiled_losses(objective, star, dataset), np.float64)
-    allowed += (RELATIVE_16_BIT if in_16_bit else RELATIVE) * float(np.mean(np.abs(losses)))
+    size_of_loss = float(np.mean(np.abs(losses)))
+    allowed += ROUNDINGS * size_of_loss + RELATIVE * float(np.mean(np.abs(losses - np.median(losses))))
+    if in_16_bit:
+        allowed += RELATIVE_16_BIT * size_of_loss
     n = len(losses)
-    size = min(BATCH, n // 2) if n >= 4 else n
+    size = min(BATCH, n // 2)
+    if n < 4 and not _bears(together or objective.per_sample_loss, point, dataset, size):
+        size = n
     batches = rng.permutation(n)[: min(NUM_BATCHES, n // size) * size].reshape(-1, size)
     if together is None:
         other = np.asarray(_of_batches(objective.per_sample_loss, point, dataset, batches), np.float64)
@@ -97,6 +119,15 @@ def check_independence(
             "dropout or batch statistics. If samples count differently (rows of different numbers of tokens, class weights), "
             "give what they count as weights, and the loss may be the mean that is weighted so.",
         )
+
+
+def _bears(function: Callable[[Any, Dataset], Any], params: Any, dataset: Dataset, size: int) -> bool:
+    """Whether a batch may be so small."""
+    try:
+        jax.eval_shape(lambda params: function(params, dataset.take(np.arange(size))), params)
+    except Exception:  # whatever a user's code raises
+        return False
+    return True
 
 
 def _moved(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:

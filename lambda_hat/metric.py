@@ -19,6 +19,8 @@ METRIC_SAMPLES, METRIC_PROBES = 256, 4
 
 #: How many times as strongly as localisation of 1 the data must hold the directions they identify, at nbeta = n / log n.
 IDENTIFIED = 100.0
+#: How far from an exact fit its gradients are measured, relative to each tensor's size.
+NEAR = 1e-2
 
 
 Metric = Literal["euclidean", "relative"]
@@ -37,13 +39,24 @@ def relative_scales(objective: Objective, centre: Centre) -> list[np.ndarray]:
     tensor. A tensor that is multiplied by a has its F divided by a^2 and rms^2 multiplied by it: c stays and its scale is
     multiplied by a, so a network whose layers are rescaled against each other has the same posterior of u. A tensor near zero,
     like an intercept, takes no more from c than its own share of the parameters.
-    Where F is zero a tensor's unit is its rms; where that is zero too, 1.
+    Where F is zero a tensor's unit is its rms; where that is zero too, 1. At an exact fit, where F is zero everywhere, it is
+    that of parameters nearby.
 
     A model whose parameters are all near zero is no smaller for it. So c is raised, where needed, until the data hold the
     directions that they identify `IDENTIFIED` times as strongly as localisation of 1 does, at nbeta = n / log n.
     """
     params, dataset = centre.params_star, centre.dataset
     fisher, rms2 = (np.asarray(values, np.float64) for values in jax.device_get(_mean_squares(objective, params, dataset)))
+    if not fisher.any():
+        rng = np.random.default_rng(0)
+        leaves, structure = jax.tree.flatten(params)
+        units = NEAR * np.where(rms2 > 0, np.sqrt(rms2), 1.0)
+        near = [
+            (leaf + unit * rng.choice([-1.0, 1.0], leaf.shape)).astype(leaf.dtype)
+            for leaf, unit in zip(leaves, units, strict=True)
+        ]
+        moved = jax.tree.unflatten(structure, near)
+        fisher = np.asarray(jax.device_get(_mean_squares(objective, moved, dataset)[0]), np.float64)
     sizes = np.asarray([leaf.size for leaf in jax.tree.leaves(params)])
     known = (fisher > 0) & np.isfinite(fisher)
     scale2 = np.where(rms2 > 0, rms2, 1.0)

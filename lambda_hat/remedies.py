@@ -7,13 +7,17 @@ from typing import Any
 from lambda_hat.run import RunSpec
 from lambda_hat.samplers import AnySamplerSpec
 
-#: Measured degrees of a loss below this are of one with a kink at w*, and then as low as that of its sharpest directions.
-SMOOTH_DEGREE, KINK_DEGREE = 1.75, 1.0
+#: Measured degrees of a loss below the first are of one with a kink at w*, and then as low as that of its sharpest directions;
+#: below the second of one with kinks near w*, like absolute errors, which rises more slowly in some directions than in others.
+KINKED_DEGREE, SMOOTH_DEGREE = 1.75, 1.95
+KINK_DEGREE, SPREAD = 1.0, 0.25
 
 
 def bounding_degree(measured: float) -> float:
     """The degree k for which d/k bounds the llc of a loss that rises from w* with the degree `measured`, on average."""
-    return 2.0 if measured > SMOOTH_DEGREE else min(measured, KINK_DEGREE)
+    if measured <= KINKED_DEGREE:
+        return min(measured, KINK_DEGREE)
+    return 2.0 if measured > SMOOTH_DEGREE else measured - SPREAD
 
 
 def above_any_minimum(degree: float) -> str:

@@ -208,11 +208,11 @@ OTHER_NAMES = {
     "localization": ("localisation", "gamma", "elasticity"),
     "nbeta": ("beta", "n_beta", "temperature", "inverse_temperature"),
     "step_size": ("lr", "learning_rate", "epsilon", "eps", "stepsize"),
-    "num_draws": ("draws", "num_samples", "samples", "n_draws"),
+    "num_draws": ("draws", "num_samples", "samples", "n_draws", "n_samples"),
     "num_chains": ("chains", "n_chains"),
     "num_burnin_steps": ("burnin", "burn_in", "num_burnin", "warmup", "num_warmup", "tune"),
     "num_steps_bw_draws": ("thinning", "thin", "num_steps_between_draws"),
-    "seed": ("rng_key", "random_state", "init_seed"),
+    "seed": ("rng_key", "random_state", "init_seed", "key", "rng", "random_seed"),
     "weights": ("sample_weight", "sample_weights", "class_weights"),
     "parameters": ("mask", "weight_restrictions", "param_names"),
     "richness": ("gamma",),
@@ -230,9 +230,9 @@ def nearest(name: str, names: Iterable[str]) -> str:
         known = min(ours, key=lambda known: known.rpartition(".")[0] != name.rpartition(".")[0])
         meaning = ", n times the inverse temperature" if known.endswith("nbeta") else ""
         return f"Did you mean {known!r}{meaning}?"
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name.lower(), lowered := {known.lower(): known for known in names}, n=1, cutoff=0.6)
     if close:
-        return f"Did you mean {close[0]!r}?"
+        return f"Did you mean {lowered[close[0]]!r}?"
     if len(names) > 20:
         return f"Known names begin with {', '.join(sorted({name.split('.')[0] for name in names}))}."
     return f"Known: {', '.join(names)}." if names else "There are none."

@@ -94,7 +94,7 @@ def _leaf(name: str, value: Any, is_statistic: bool, in_equinox: bool) -> Leaf:
     if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         return Leaf(name, stays=np.asarray(jax.random.key_data(value)), key_impl=str(jax.random.key_impl(value)))
     if _is_array(value):
-        moves = jnp.issubdtype(value.dtype, jnp.inexact) and not is_statistic
+        moves = jnp.issubdtype(value.dtype, jnp.inexact) and value.size > 0 and not is_statistic
         return Leaf(name, moves=np.asarray(value)) if moves else Leaf(name, stays=np.asarray(value))
     if isinstance(value, float) and not in_equinox:
         return Leaf(name, moves=np.asarray(value, object))
@@ -103,8 +103,9 @@ def _leaf(name: str, value: Any, is_statistic: bool, in_equinox: bool) -> Leaf:
 
 def _is_array(value: Any) -> bool:
     """Whether it is an array of numbers: no random keys, no objects."""
-    array = isinstance(value, np.ndarray | np.generic | jax.Array)
-    return array and (jnp.issubdtype(value.dtype, np.number) or value.dtype == np.bool_)
+    if not isinstance(value, np.ndarray | np.generic | jax.Array) or isinstance(value, np.ma.MaskedArray):
+        return False
+    return (jnp.issubdtype(value.dtype, np.number) and value.dtype.kind != "m") or value.dtype == np.bool_
 
 
 def _identity(array: Any) -> Any:
@@ -122,12 +123,23 @@ def _in_one_dtype(leaves: list[Leaf]) -> list[Leaf]:
     """
     moving = [leaf.moves for leaf in leaves if leaf.moves is not None]
     dtypes = sorted({array.dtype.name for array in moving} - {"object"}) or (["float32"] if moving else [])
+    if not dtypes:
+        raise InvalidInput(
+            f"params must hold arrays of floating numbers; got {_others(leaves)}. Pass the pytree of the trained "
+            "network's parameters."
+        )
     if dtypes not in (["float32"], ["float64"]):
         raise InvalidInput(
-            f"The floating arrays of params must be all float32 or all float64; got {' and '.join(dtypes) or 'none'}. "
+            f"The floating arrays of params must be all float32 or all float64; got {' and '.join(dtypes)}. "
             "Convert them with jax.tree.map."
         )
     return [leaf if leaf.moves is None else leaf._replace(moves=leaf.moves.astype(dtypes[0], copy=False)) for leaf in leaves]
+
+
+def _others(leaves: list[Leaf]) -> str:
+    """What there is in place of parameters."""
+    kinds = [type(leaf.static).__name__ if leaf.stays is None else str(leaf.stays.dtype) for leaf in leaves]
+    return f"only {listed(list(dict.fromkeys(kinds)))}" if kinds else "nothing"
 
 
 def _check_moving(star: dict[str, np.ndarray], leaves: list[Leaf]) -> None:
@@ -147,7 +159,7 @@ def sample_arrays(what: str, data: Any, dtype: np.dtype, least: int) -> dict[str
       InvalidInput: a leaf is no array of numbers, or they have no common first axis of `least` or more.
     """
     leaves = jax.tree.leaves(data)
-    wrong = [type(leaf).__name__ for leaf in leaves if not _is_array(leaf) or np.ndim(leaf) == 0]
+    wrong = [_kind(leaf) for leaf in leaves if not _is_array(leaf) or np.ndim(leaf) == 0]
     if wrong or not leaves:
         raise InvalidInput(
             f"The leaves of {what} must be arrays of numbers whose first axis is the sample; got {listed(wrong) or 'none'}. "
@@ -160,10 +172,30 @@ def sample_arrays(what: str, data: Any, dtype: np.dtype, least: int) -> dict[str
             f"got {' and '.join(map(str, lengths))}. Let loss_fn close over what the samples share."
         )
     arrays = [np.asarray(leaf) for leaf in leaves]
+    for array in arrays:
+        bits = np.uint32 if array.dtype.kind == "u" else np.int32
+        if dtype == np.float32 and array.dtype.kind in "iu" and array.size and not _within(array, bits):
+            raise InvalidInput(
+                f"The integers of {what} must fit 32 bits where the parameters are float32; got {array.min()} to "
+                f"{array.max()}. Convert them to floating numbers, or the parameters to float64."
+            )
     return {
         str(place): array.astype(dtype, copy=False) if jnp.issubdtype(array.dtype, jnp.floating) else array
         for place, array in enumerate(arrays)
     }
+
+
+def _kind(leaf: Any) -> str:
+    """What a leaf of data is that it must not be."""
+    if isinstance(leaf, np.ma.MaskedArray):
+        return "MaskedArray, whose mask JAX does not know"
+    return f"{type(leaf).__name__} of {leaf.dtype}, shape {leaf.shape}" if hasattr(leaf, "dtype") else type(leaf).__name__
+
+
+def _within(array: np.ndarray, bits: type[np.integer]) -> bool:
+    """Whether all integers of the array fit these bits."""
+    limits = np.iinfo(bits)
+    return int(array.min()) >= limits.min and int(array.max()) <= limits.max
 
 
 def sample_weights(weights: Any, num_data: int, dtype: np.dtype) -> dict[str, np.ndarray]:
@@ -174,7 +206,10 @@ def sample_weights(weights: Any, num_data: int, dtype: np.dtype) -> dict[str, np
     """
     if weights is None:
         return {}
-    array = np.asarray(weights)
+    try:
+        array = np.asarray(weights)
+    except ValueError:  # rows of different lengths
+        array = np.asarray(weights, object)
     if array.shape != (num_data,) or array.dtype.kind not in "iufb":
         got = f"shape {array.shape} of {array.dtype}"
     elif not np.isfinite(array).all() or (array < 0).any() or not array.any():

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Hashable, Mapping
+import math
+import types
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxpr_as_fun
 
 from lambda_hat.full_data import compiled_losses, fewest_copies
 from lambda_hat.loss_checks import check_gradient, check_independence, check_losses, loss_degree
 from lambda_hat.spec import InvalidInput
 from lambda_hat.target import Dataset, Objective, Params
-from lambda_hat.text import listed
+from lambda_hat.text import listed, shortened
 from lambda_hat.user_arrays import WEIGHT, Leaf, parameter_leaves, sample_arrays, sample_weights
 
 #: (params, batch) -> the losses of the batch's samples, (B,), or their mean, ().
@@ -84,20 +88,28 @@ def wrap(loss_fn: LossFn, params: Any, data: Any, weights: Any = None) -> Wrappe
       params: pytree. Its floating arrays and Python floats move, named by their paths, "layers/0/w"; integers, booleans, random
         keys, functions, running statistics of normalisation and the Python floats of Equinox modules stay as they are.
       data: pytree of arrays whose first axis is the sample, n >= 2; floating ones are taken in the dtype of params.
-      weights: of the samples, (n,), not negative: L_n(w) = sum_i weights_i l_i(w) / sum_i weights_i; None = all equal.
+      weights: of the samples, (n,), not negative: L_n(w) = sum_i weights_i l_i(w) / sum_i weights_i; None = all equal. Samples
+        of weight 0 are left out.
 
     Raises:
       InvalidInput: one of them is not so, a loss or the gradient of their mean at params is not finite, or a sample's loss
         depends on the others of its batch.
     """
+    if not callable(loss_fn):
+        raise InvalidInput(
+            f"loss_fn must be a function (params, batch) -> losses; got {shortened(loss_fn)}. Write the loss as a function."
+        )
     leaves = parameter_leaves(params)
     star = {leaf.name: leaf.moves for leaf in leaves if leaf.moves is not None}
     dtype = next(iter(star.values())).dtype
     samples = sample_arrays("data", data, dtype, 2)
     samples |= sample_weights(weights, len(samples["0"]), dtype)
+    if WEIGHT in samples:  # what counts nothing is left out: its own loss need not be a number
+        samples = {name: array[samples[WEIGHT] > 0] for name, array in samples.items()}
+        samples[WEIGHT] /= samples[WEIGHT].mean()
     dataset = Dataset(samples, {str(place): leaf.stays for place, leaf in enumerate(leaves) if leaf.stays is not None})
     problem = _Problem(
-        _unjitted(loss_fn),
+        _hashable(_unjitted(loss_fn)),
         jax.tree.structure(params),
         tuple(None if leaf.moves is None else leaf.name for leaf in leaves),
         tuple((place, leaf.static) for place, leaf in enumerate(leaves) if leaf.moves is None and leaf.stays is None),
@@ -107,6 +119,7 @@ def wrap(loss_fn: LossFn, params: Any, data: Any, weights: Any = None) -> Wrappe
     _check_hashable(problem)
     with jax.enable_x64(dtype == np.float64):
         few = dataset.take(np.random.default_rng(0).permutation(dataset.num_data)[:TRACED])
+        _forget_stale(problem, star, few)
         text, is_mean = _traced(problem, star, few)
         _check_settings(problem, leaves, star, few, text)
         copies = 0
@@ -114,8 +127,9 @@ def wrap(loss_fn: LossFn, params: Any, data: Any, weights: Any = None) -> Wrappe
             copies = fewest_copies(lambda copies: jax.eval_shape(problem._replace(copies=copies).alone, star, few))
         problem = problem._replace(copies=copies, program=hashlib.sha256(text.encode()).hexdigest())
         objective = _objective(problem)
-        losses = np.asarray(compiled_losses(objective, star, dataset))
-        check_losses(losses)
+        with _failures_in_words(f"all {dataset.num_data} samples"):
+            losses = np.asarray(compiled_losses(objective, star, dataset))
+        check_losses(losses, copies > 0)
         with jax.default_matmul_precision("highest"):
             check_gradient(objective, star, dataset)
             check_independence(objective, problem.together if is_mean else None, star, dataset, "f16>" in text)
@@ -147,7 +161,71 @@ def unweighted(dataset: Dataset) -> Dataset:
 
 def _unjitted(loss_fn: LossFn) -> LossFn:
     """The function inside one that is jitted, by JAX or Equinox, which would keep what it closed over at its first call."""
+    if isinstance(loss_fn, types.MethodType):
+        return types.MethodType(_unjitted(loss_fn.__func__), loss_fn.__self__)
     return getattr(loss_fn, "__wrapped__", loss_fn) if hasattr(loss_fn, "lower") else loss_fn
+
+
+def _hashable(loss_fn: LossFn) -> LossFn:
+    """A function in place of a callable object that holds arrays, which has no hash."""
+    try:
+        hash(loss_fn)
+    except TypeError:
+        return lambda params, batch: loss_fn(params, batch)
+    return loss_fn
+
+
+@contextlib.contextmanager
+def _failures_in_words(batch: str) -> Iterator[None]:
+    """Around calls of the user's loss: what it raises, as the rule that it breaks.
+
+    Raises:
+      InvalidInput: it raised anything.
+    """
+    try:
+        yield
+    except InvalidInput:
+        raise
+    except Exception as error:
+        said = shortened((str(error).strip() or "no message").splitlines()[0])
+        raise InvalidInput(
+            "loss_fn(params, batch) must be a function that JAX can compile and differentiate, for batches of any number of "
+            f"samples; with {batch} it raised {type(error).__name__}: {said}. Use jax.numpy in place of numpy, jnp.where in "
+            "place of if, sizes that do not depend on values, and no batch size of its own."
+        ) from error
+
+
+#: Steps of loops up to which a loss is evaluated without compiling, which takes about a millisecond each.
+MAX_PLAIN_STEPS = 1000
+
+
+def _forget_stale(problem: _Problem, params: dict[str, np.ndarray], few: Dataset) -> None:
+    """Makes JAX forget its programs if the loss, evaluated anew, is not what they say: functions that are jitted, checkpointed
+    or looped over inside the loss keep what they closed over at their first call."""
+    with contextlib.suppress(Exception):  # of a loss that cannot be evaluated so; the same words for all come later
+        program = jax.make_jaxpr(lambda params: problem.together(params, few))(params)
+        if _num_steps(program.jaxpr) > MAX_PLAIN_STEPS:
+            return
+        held = np.asarray(jaxpr_as_fun(program)(*jax.tree.leaves(params))[0], np.float64)
+        with jax.disable_jit():
+            anew = np.asarray(problem.together(params, few), np.float64)
+        if not np.allclose(held, anew, rtol=1e-2, atol=1e-4 * float(np.mean(np.abs(anew))), equal_nan=True):
+            jax.clear_caches()
+
+
+def _num_steps(jaxpr: Any) -> float:
+    """Steps of the loops of a program; infinite where their number depends on values."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        inner = sum(_num_steps(getattr(sub, "jaxpr", sub)) for sub in jax.tree.leaves(equation.params, is_leaf=_is_jaxpr)
+                    if _is_jaxpr(sub))  # fmt: skip
+        each = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        total += math.inf if equation.primitive.name == "while" else each * (inner + (each > 1))
+    return total
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")
 
 
 def _check_hashable(problem: _Problem) -> None:
@@ -167,7 +245,8 @@ def _traced(problem: _Problem, params: dict[str, np.ndarray], few: Dataset) -> t
     Raises:
       InvalidInput: it returns something else.
     """
-    lowered = jax.jit(lambda params, few: problem.together(params, few)).lower(params, few)
+    with _failures_in_words(f"a batch of {few.num_data}"):
+        lowered = jax.jit(lambda params, few: problem.together(params, few)).lower(params, few)
     found = lowered.out_info
     shape = getattr(found, "shape", None)
     if shape not in ((), (few.num_data,)) or not jnp.issubdtype(found.dtype, jnp.floating):

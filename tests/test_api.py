@@ -193,7 +193,13 @@ def test_names_are_lazy_and_known():
         ({"sampler": "smc", "localization": 0}, "localization must be above 0 for smc"),
         ({"nbeta": -1.0}, "nbeta must be greater than 0; got -1"),
         ({"metric": "cosine"}, "metric must be .*; got 'cosine'"),
-        ({"parameters": "c/*"}, r"Every pattern of parameters must name a parameter; got 'c/\*'. There are: a, b/c"),
+        (
+            {"parameters": "c/*"},
+            (
+                {"parameters": "c/*"},
+                r"Every pattern of parameters must name a parameter; got 'c/\*'\. Did you mean 'b/\*'\? There are: a, b/c",
+            ),
+        ),
     ],
 )
 def test_wrong_input_is_refused_before_sampling(arguments, message, monkeypatch):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.optimize
 
 import lambda_hat as lh
 from lambda_hat.full_data import compiled_losses, euclidean_centre
@@ -603,3 +604,154 @@ def test_absolute_errors_at_a_fit_that_is_not_exact():
     star, dataset = {"w": np.ones(9, np.float32)}, Dataset({"x": X9, "y": y.astype(np.float32)}, {})
     losses = np.asarray(compiled_losses(objective, star, dataset))
     assert loss_degree(objective, star, dataset, losses) > 1.75
+
+
+# --- More of each kind ------------------------------------------------------------------------------------------------------
+
+(X3, Y3), FIT3 = regression(120, [1.0, -1.0, 0.5], noise=0.3)
+
+
+def test_an_exact_fit_with_one_small_tensor():
+    """Residuals of exactly 0 say nothing of the tensors' scales; those of parameters nearby do."""
+    x = RNG.integers(-4, 5, (400, 3)).astype(np.float32)
+    params = {"w": np.array([1, 2], np.float32), "s": np.asarray(1e-3, np.float32)}
+
+    def prediction(p, x):
+        return x[:, :2] @ p["w"] + x[:, 2] * p["s"]
+
+    def loss_fn(p, b):
+        return 0.5 * jnp.square(prediction(p, b[0]) - b[1])
+
+    y = np.asarray(jax.jit(prediction)(params, x))
+    assert not np.asarray(wrap(loss_fn, params, (x, y)).losses).any()
+    found = lh.estimate_llc(loss_fn, params, (x, y), "hmc", num_draws=500, num_burnin_steps=200, progress=False)
+    assert found.verdict == "ok"
+    assert found.llc == pytest.approx(1.5, rel=0.06)
+
+
+def batch_centred(p, b):
+    return squares(p, (b[0] - b[0].mean(0), b[1]))
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "data", "arguments", "message"),
+    [
+        (lambda p, b: batch_centred(p, b) + 1e4, (X3, Y3), {}, "must not depend on the rest of its batch"),
+        (batch_centred, (X3[:3], Y3[:3]), {}, "must not depend on the rest of its batch"),
+        (lambda p, b: 1.0 + 0 * b[1], (X3, Y3), {}, "gradient is 0 in all of them"),
+        (lambda p, b: jnp.var(b[0] @ p["w"] - b[1], ddof=1), (X3, Y3), {}, "taken of each sample alone"),
+        (squares, (np.ma.masked_greater(X3, 1.5), Y3), {}, "MaskedArray"),
+        (squares, (X3, Y3, np.zeros(120, "m8[s]")), {}, "timedelta64"),
+        (lambda p, b: np.log(np.asarray(squares(p, b))), (X3, Y3), {}, "jax.numpy in place of numpy"),
+        (lambda p, b: squares(p, b) if squares(p, b).sum() > 0 else 0.0, (X3, Y3), {}, "jnp.where in place of if"),
+        (lambda p, b: squares(p, (b[0].reshape(60, 2, 3).reshape(120, 3), b[1])), (X3, Y3), {}, "no batch size of its own"),
+        (lambda p, x, y: 0.0, (X3, Y3), {}, "missing 1 required positional argument"),
+        ("mse", (X3, Y3), {}, "must be a function"),
+        (squares, (X3, Y3), {"observables": "train"}, "must be a mapping"),
+        (squares, (X3, Y3), {"weights": [[1], [1, 2]]}, r"got shape \(2,\) of object"),
+        (squares, (X3, Y3), {"rng": 3}, "Did you mean 'seed'"),
+    ],
+)
+def test_more_that_is_refused(loss_fn, data, arguments, message):
+    with pytest.raises(InvalidInput, match=message):
+        lh.estimate_llc(loss_fn, FIT3, data, **SHORT, **arguments)
+
+
+@pytest.mark.parametrize("params", [{}, {"w": np.ones(3, int)}])
+def test_nothing_that_moves(params):
+    with pytest.raises(InvalidInput, match=r"must hold arrays of floating numbers; got (nothing|only int64)"):
+        lh.estimate_llc(squares, params, (X3, Y3))
+
+
+def test_large_integers_under_float32():
+    params = {"w": np.ones(3, np.float32), "b": np.zeros((), np.float32)}
+    with pytest.raises(InvalidInput, match="must fit 32 bits"):
+        wrap(lambda p, b: squares(p, (b[0] / 1e12, b[1])), params, ((X3 * 1e12).astype(np.int64), Y3))
+
+
+class Unhashable:
+    """A loss as a method, jitted or not, of an object that has no hash."""
+
+    def __init__(self):
+        self.held = jnp.ones(2)
+
+    def __eq__(self, other):
+        return self is other
+
+    __hash__ = None
+
+    def __call__(self, p, b):
+        return squares(p, b)
+
+    def method(self, p, b):
+        return squares(p, b)
+
+
+class Jitted:
+    @functools.partial(jax.jit, static_argnums=0)
+    def method(self, p, b):
+        return squares(p, b)
+
+
+def of_its_dtype(p, b):
+    assert b[0].dtype == jnp.float32
+    return squares(p, b)
+
+
+@pytest.mark.parametrize("loss_fn", [Unhashable(), Unhashable().method, Jitted().method, of_its_dtype])
+def test_other_forms_of_a_function(loss_fn):
+    params, data = jax.tree.map(lambda x: np.asarray(x, np.float32), (FIT3, (X3, Y3)))
+    expected = wrap(squares, params, data).losses
+    np.testing.assert_allclose(wrap(loss_fn, params, data).losses, expected, rtol=1e-6)
+    assert lh.estimate_llc(loss_fn, params, data, **SHORT).diagnosis.init_loss == pytest.approx(expected.mean(), rel=1e-5)
+
+
+def test_samples_of_weight_zero_are_left_out():
+    """Rows that are all padding have no mean."""
+    mask = (RNG.random((120, 5)) > 0.3).astype(np.float64)
+    mask[:11] = 0
+
+    def token_mean(p, b):
+        return jnp.sum(squares(p, b)[:, None] * b[2], axis=1) / jnp.sum(b[2], axis=1)
+
+    found = wrap(token_mean, FIT3, (X3, Y3, mask), mask.sum(axis=1))
+    others = wrap(squares, FIT3, (X3[11:], Y3[11:]), mask.sum(axis=1)[11:])
+    np.testing.assert_allclose(found.losses, others.losses)
+
+
+def test_an_empty_tensor_stays():
+    assert list(wrap(squares, FIT3 | {"e": np.zeros((0, 3))}, (X3, Y3)).params) == ["b", "w"]
+
+
+def test_what_jax_keeps_of_inner_functions(monkeypatch):
+    scale = types.SimpleNamespace(value=1.0)
+
+    def of_row(p, row):
+        return p, scale.value * 0.5 * jnp.square(row[0] @ p["w"] + p["b"] - row[1])
+
+    inner = jax.jit(lambda residual: scale.value * 0.5 * jnp.square(residual))
+    losses = {
+        "partial": functools.partial(jax.jit(lambda factor, p, b: factor * scale.value * squares(p, b)), 1.0),
+        "inner": lambda p, b: inner(b[0] @ p["w"] + p["b"] - b[1]),
+        "scan": lambda p, b: jax.lax.scan(of_row, p, b)[1],
+    }
+    before = {name: wrap(loss_fn, FIT3, (X3, Y3)).losses for name, loss_fn in losses.items()}
+    monkeypatch.setattr(scale, "value", 3.0)
+    for name, loss_fn in losses.items():
+        np.testing.assert_allclose(wrap(loss_fn, FIT3, (X3, Y3)).losses, 3 * before[name], rtol=1e-6, err_msg=name)
+
+
+def test_quantiles_at_their_minimum_are_above_half_of_d():
+    """Six parameters of a median regression whose noise is of the posterior's width: kinks make the llc 3.52 (an independent
+    Metropolis sampler of the same density), above d/2 = 3, and no verdict says that it cannot be."""
+    rng = np.random.default_rng(0)
+    x = np.c_[rng.standard_normal((500, 5)), np.ones(500)]
+    y = x @ np.arange(6) + 0.3 * rng.standard_normal(500)
+    n, d = x.shape
+    program = scipy.optimize.linprog(
+        np.r_[np.zeros(d), np.full(2 * n, 0.5)], A_eq=np.c_[x, np.eye(n), -np.eye(n)], b_eq=y,
+        bounds=[(None, None)] * d + [(0, None)] * (2 * n),
+    )  # fmt: skip
+    found = lh.estimate_llc(lambda p, b: 0.5 * jnp.abs(b[0] @ p["w"] - b[1]), {"w": program.x[:d]}, (x, y), "hmc", **EUCLIDEAN)
+    assert found.verdict == "ok"
+    assert found.llc == pytest.approx(3.5, rel=0.06)

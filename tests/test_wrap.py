@@ -204,7 +204,7 @@ def batch_normalised(params, batch):
         ({"loss_fn": of_losses(jnp.sum)}, "A scalar loss must be the mean"),
         ({"params": {"a": STAR, "b": STAR.astype(np.float32)}}, "all float32 or all float64; got float32 and float64"),
         ({"params": {"a": jnp.asarray(STAR, jnp.bfloat16)}}, "got bfloat16. Convert"),
-        ({"params": {"n": np.arange(3)}}, "got none"),
+        ({"params": {"n": np.arange(3)}}, "got only int"),
         ({"params": {"a": STAR * np.nan}}, "params must be finite; got NaN or infinity in a"),
         ({"params": {"b": {"c": STAR}, "b/c": STAR}}, "a path of its own; got two named 'b/c'"),
         ({"params": {"a": STAR, "z": {1, 2}}}, "must be hashable; got .*set"),
