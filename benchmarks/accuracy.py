@@ -39,13 +39,13 @@ import optax
 from results import FOLDER, Results, Row, table
 
 import lambda_hat as lh
-from lambda_hat.diagnostics import Diagnosis, diagnose
-from lambda_hat.run import RunSpec
-from lambda_hat.runtime import configure
-from lambda_hat.sampling import sample
-from lambda_hat.settings import Runtime
-from lambda_hat.text import with_error
-from lambda_hat.theory import finite_normal_crossing_llc, finite_tanh_llc, quadratic_llc
+from lambda_hat.compute.runtime import configure
+from lambda_hat.llc.diagnostics import Diagnosis, diagnose
+from lambda_hat.llc.run import RunSpec
+from lambda_hat.llc.sampling import sample
+from lambda_hat.specs.settings import Runtime
+from lambda_hat.specs.text import with_error
+from lambda_hat.targets.theory import finite_normal_crossing_llc, finite_tanh_llc, quadratic_llc
 
 EXACT = json.loads((Path(__file__).parent / "exact_llc.json").read_text())
 #: Bounds on relative errors.

@@ -24,10 +24,10 @@ from lambda_hat.batch_size.fits import Slope, richness_slopes, width_transfer
 from lambda_hat.batch_size.noise_scale import gradient_noise_scale
 from lambda_hat.batch_size.study import Study, failed_text, failures
 from lambda_hat.batch_size.trades import smoothed, trades
-from lambda_hat.run import RunSpec
-from lambda_hat.store import Store
-from lambda_hat.study_views import find_studies
-from lambda_hat.trials.spec import TrialSpec
+from lambda_hat.llc.run import RunSpec
+from lambda_hat.store.store import Store
+from lambda_hat.studies.views import find_studies
+from lambda_hat.targets.trials.spec import TrialSpec
 
 ROOT = Path(__file__).parent.parent
 #: Plots that docs/batch-size.md shows.

@@ -27,11 +27,11 @@ import jax.numpy as jnp
 import numpy as np
 from speed import peak_flops
 
-from lambda_hat.runtime import configure
-from lambda_hat.settings import Runtime
-from lambda_hat.trials import ImagesTask, TrialSpec, train_trials
-from lambda_hat.trials.engine import batch_indices
-from lambda_hat.trials.network import forward, init_params
+from lambda_hat.compute.runtime import configure
+from lambda_hat.specs.settings import Runtime
+from lambda_hat.targets.trials import ImagesTask, TrialSpec, train_trials
+from lambda_hat.targets.trials.engine import batch_indices
+from lambda_hat.targets.trials.network import forward, init_params
 
 ETAS, RICHNESSES, SEEDS = 2.0 ** np.linspace(-10, 2, 13), (0.1, 1.0, 10.0), range(3)
 #: Trials of the loop that are measured, each way.

@@ -37,12 +37,12 @@ import jax
 import numpy as np
 from results import FOLDER, Results, Row, table
 
-from lambda_hat.diagnostics import diagnose
-from lambda_hat.plots.style import BAND, EXACT, Picture, color, save_png
-from lambda_hat.run import RunSpec
-from lambda_hat.runtime import configure
-from lambda_hat.sampling import sample
-from lambda_hat.settings import Runtime
+from lambda_hat.compute.runtime import configure
+from lambda_hat.llc.diagnostics import diagnose
+from lambda_hat.llc.run import RunSpec
+from lambda_hat.llc.sampling import sample
+from lambda_hat.specs.settings import Runtime
+from lambda_hat.studies.style import BAND, EXACT, Picture, color, save_png
 
 
 class SizeClass(NamedTuple):

@@ -15,8 +15,8 @@ from lambda_hat.entropy.estimators import baselines, evaluate, orders
 from lambda_hat.entropy.exact import Enumeration, exact_derivatives, exact_entropy, float64
 from lambda_hat.entropy.importance import Evaluation, snis
 from lambda_hat.entropy.sequences import Batch, all_token_stats, moved
-from lambda_hat.policies.train import PolicyCheckpoint, TrainedPolicy, rl_optimizer
-from lambda_hat.target import Params
+from lambda_hat.targets.policies.train import PolicyCheckpoint, TrainedPolicy, rl_optimizer
+from lambda_hat.targets.target import Params
 
 #: Repetitions, sequences of each, and learning rates of the coverage of intervals, and of which checkpoint of the first seed.
 REPETITIONS, SIZES, ETAS, COVERED_STEP = 200, (64, 256), (1e-3, 1e-2), 60

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from lambda_hat.entropy.attribution import Training, attribution_matrix
 from lambda_hat.entropy.estimators import baselines
 from lambda_hat.entropy.sequences import all_token_stats
-from lambda_hat.plots.style import EXACT, MARKERS, STYLES, Picture, color, head, legend
-from lambda_hat.policies.train import PolicyCheckpoint
+from lambda_hat.studies.style import EXACT, MARKERS, STYLES, Picture, color, head, legend
+from lambda_hat.targets.policies.train import PolicyCheckpoint
 
 
 class Fit(NamedTuple):

@@ -31,10 +31,10 @@ from entropy_updates import DIRECTIONS, REDRAWN, RL, SEEDS, SPEC, Exact, enumera
 from results import table
 from scipy import stats
 
-from lambda_hat.plots.style import save_png
-from lambda_hat.policies.train import train_policy
-from lambda_hat.runtime import configure
-from lambda_hat.settings import Runtime
+from lambda_hat.compute.runtime import configure
+from lambda_hat.specs.settings import Runtime
+from lambda_hat.studies.style import save_png
+from lambda_hat.targets.policies.train import train_policy
 
 #: Checkpoints of which an update's sequences are drawn.
 SHOWN_STEPS = (30, 90)

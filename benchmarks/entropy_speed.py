@@ -27,17 +27,17 @@ import numpy as np
 import optax
 from speed import peak_flops
 
+from lambda_hat.compute.runtime import configure
 from lambda_hat.entropy.adamw import AdamW, adam_state, aggregate_gradient, precondition, sequence_gradients, take_apart
 from lambda_hat.entropy.attribution import Training, attribution_matrix
 from lambda_hat.entropy.estimators import baselines, evaluate, orders
 from lambda_hat.entropy.importance import snis
 from lambda_hat.entropy.sequences import Batch, all_token_stats
-from lambda_hat.policies.decoder import DecoderSpec, decoder
-from lambda_hat.policies.generate import generate
-from lambda_hat.policies.objective import group_advantages, sequence_weights
-from lambda_hat.policies.spec import RlSpec
-from lambda_hat.runtime import configure
-from lambda_hat.settings import Runtime
+from lambda_hat.specs.settings import Runtime
+from lambda_hat.targets.policies.decoder import DecoderSpec, decoder
+from lambda_hat.targets.policies.generate import generate
+from lambda_hat.targets.policies.objective import group_advantages, sequence_weights
+from lambda_hat.targets.policies.spec import RlSpec
 
 VOCABULARY, PROMPT, GROUP = 16, 6, 8
 ETA = 1e-3

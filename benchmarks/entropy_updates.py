@@ -13,12 +13,12 @@ import pandas as pd
 from lambda_hat.entropy.adamw import AdamW, Update, aggregate_gradient, take_apart
 from lambda_hat.entropy.exact import Enumeration, enumerate_completions, exact_entropy, float64
 from lambda_hat.entropy.sequences import Batch, TokenStats, all_token_stats, in_chunks, token_stats
-from lambda_hat.policies.generate import generate
-from lambda_hat.policies.objective import group_advantages, negative_log_likelihoods, sequence_weights
-from lambda_hat.policies.spec import PolicySpec
-from lambda_hat.policies.tasks import rewards
-from lambda_hat.policies.train import PolicyCheckpoint, TrainedPolicy, answers_dataset
-from lambda_hat.target import Params
+from lambda_hat.targets.policies.generate import generate
+from lambda_hat.targets.policies.objective import group_advantages, negative_log_likelihoods, sequence_weights
+from lambda_hat.targets.policies.spec import PolicySpec
+from lambda_hat.targets.policies.tasks import rewards
+from lambda_hat.targets.policies.train import PolicyCheckpoint, TrainedPolicy, answers_dataset
+from lambda_hat.targets.target import Params
 
 SEEDS, CHECKPOINTS, REDRAWN = (0, 1, 2, 3), 11, 4
 SPEC = PolicySpec(rl={"num_checkpoints": CHECKPOINTS})

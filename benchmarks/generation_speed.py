@@ -31,11 +31,11 @@ import numpy as np
 from results import table
 from speed import peak_flops
 
-from lambda_hat.policies.decoder import decoder
-from lambda_hat.policies.generate import generate
-from lambda_hat.policies.pretrained import PretrainedSpec, fingerprint, open_pretrained
-from lambda_hat.runtime import configure
-from lambda_hat.settings import Runtime
+from lambda_hat.compute.runtime import configure
+from lambda_hat.specs.settings import Runtime
+from lambda_hat.targets.policies.decoder import decoder
+from lambda_hat.targets.policies.generate import generate
+from lambda_hat.targets.policies.pretrained import PretrainedSpec, fingerprint, open_pretrained
 
 PEER = ["torch==2.13.0", "transformers==5.23.0"]
 PROMPT, BOUND, CLAIM = 8, 5.0, "policy, 16 sequences"

@@ -36,10 +36,10 @@ def sample(widths: tuple[int, ...], num_data: int, gradient: str) -> tuple[int, 
     import numpy as np
     from speed import objective
 
-    from lambda_hat.posterior import PosteriorSpec
+    from lambda_hat.llc.sampling import sample
+    from lambda_hat.samplers.posterior import PosteriorSpec
     from lambda_hat.samplers.sgld import SgldSpec
-    from lambda_hat.sampling import sample
-    from lambda_hat.target import Dataset
+    from lambda_hat.targets.target import Dataset
 
     rng = np.random.default_rng(0)
     layers = [*(f"hidden_{i}" for i in range(len(widths) - 2)), "output"]

@@ -23,8 +23,8 @@ from jax.flatten_util import ravel_pytree
 
 from lambda_hat.batch_size.curvature import hvp
 from lambda_hat.batch_size.noise_scale import gradient_noise_scale
-from lambda_hat.target import Dataset, Target
-from lambda_hat.trials import ImagesTask, TrialSpec, to_target, train_trials
+from lambda_hat.targets.target import Dataset, Target
+from lambda_hat.targets.trials import ImagesTask, TrialSpec, to_target, train_trials
 
 #: Near gradient flow, and the steps after which that is measured; and the temperatures compared with it.
 SLOW, SLOW_STEPS = 0.25, (16, 64, 256, 1024, 4096)

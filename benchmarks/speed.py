@@ -44,14 +44,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lambda_hat.llc import load_arviz
-from lambda_hat.networks import ModelSpec, mlp
-from lambda_hat.posterior import PosteriorSpec
-from lambda_hat.runtime import configure
+from lambda_hat.compute.runtime import configure
+from lambda_hat.llc.estimates import load_arviz
+from lambda_hat.llc.sampling import Run, sample_runs
+from lambda_hat.samplers.posterior import PosteriorSpec
 from lambda_hat.samplers.sgld import SgldSpec
-from lambda_hat.sampling import Run, sample_runs
-from lambda_hat.settings import Runtime
-from lambda_hat.target import Dataset, Objective
+from lambda_hat.specs.settings import Runtime
+from lambda_hat.targets.networks import ModelSpec, mlp
+from lambda_hat.targets.target import Dataset, Objective
 
 PEER = ["torch==2.13.0", "devinterp==1.3.2"]
 SMALL, LARGE = (32, 64, 64, 64, 1), (32, 700, 700, 700, 1)

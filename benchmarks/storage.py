@@ -20,8 +20,8 @@ from pathlib import Path
 import fsspec
 from results import table
 
-from lambda_hat.manifest import target_address
-from lambda_hat.store import Store
+from lambda_hat.store.manifest import target_address
+from lambda_hat.store.store import Store
 
 sys.path.append(str(Path(__file__).parent.parent / "tests" / "integration"))
 from swift import swift

@@ -20,10 +20,10 @@ from lambda_hat.batch_size import artifacts
 from lambda_hat.batch_size.ends import find_ends
 from lambda_hat.batch_size.plan import StudyPlan, describe, make_study
 from lambda_hat.batch_size.summary import incomplete, label, outcome, preview, summary, text
-from lambda_hat.manifest import study_address
-from lambda_hat.preflight import check, check_samplings
-from lambda_hat.settings import Runtime, Settings
-from lambda_hat.store import Store
+from lambda_hat.llc.preflight import check, check_samplings
+from lambda_hat.specs.settings import Runtime, Settings
+from lambda_hat.store.manifest import study_address
+from lambda_hat.store.store import Store
 
 
 @flow(name="batch_size")

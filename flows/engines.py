@@ -17,8 +17,8 @@ from prefect.states import Crashed, State
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from flows.progress import stop_tasks
-from lambda_hat.settings import Runtime
-from lambda_hat.spec import InvalidInput
+from lambda_hat.specs.settings import Runtime
+from lambda_hat.specs.spec import InvalidInput
 
 DEVICES = "CUDA_VISIBLE_DEVICES"
 

@@ -18,10 +18,10 @@ from lambda_hat.entropy import artifacts
 from lambda_hat.entropy.plan import EntropyPlan, describe, make_entropy_plan
 from lambda_hat.entropy.spec import EntropySpec
 from lambda_hat.entropy.summary import failures, label, outcome, preview, table, text
-from lambda_hat.manifest import entropy_address, entropy_study_address, target_address
-from lambda_hat.preflight import check, check_runs
-from lambda_hat.settings import Runtime, Settings
-from lambda_hat.store import Store
+from lambda_hat.llc.preflight import check, check_runs
+from lambda_hat.specs.settings import Runtime, Settings
+from lambda_hat.store.manifest import entropy_address, entropy_study_address, target_address
+from lambda_hat.store.store import Store
 
 
 @flow(name="entropy")

@@ -16,10 +16,10 @@ from prefect.states import State
 from flows.ends import Stop
 from flows.server import tie_server
 from flows.tasks import open_place
-from lambda_hat.manifest import ArtifactError, StoreUnavailable
-from lambda_hat.settings import Settings
-from lambda_hat.spec import InvalidInput
-from lambda_hat.store import Store
+from lambda_hat.specs.settings import Settings
+from lambda_hat.specs.spec import InvalidInput
+from lambda_hat.store.manifest import ArtifactError, StoreUnavailable
+from lambda_hat.store.store import Store
 
 
 class RunsFailed(Exception):

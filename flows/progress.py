@@ -14,8 +14,8 @@ from prefect.context import TaskRunContext
 from prefect.logging import get_run_logger
 
 from flows.ends import Stop
-from lambda_hat.chunks import Progress
-from lambda_hat.settings import Settings
+from lambda_hat.compute.chunks import Progress
+from lambda_hat.specs.settings import Settings
 
 ENDED = "The flow run was cancelled or has ended; run again with the same parameters, it goes on from here."
 

@@ -12,12 +12,12 @@ from prefect.states import State
 from flows.engines import engine, final_state, submit_ahead
 from flows.orchestration import publish_to_ui, reason
 from flows.tasks import Place, build_target, compare, diagnose, sample
-from lambda_hat import artifacts, report
-from lambda_hat.artifacts import found, steps
-from lambda_hat.manifest import Address, Manifest, target_address
-from lambda_hat.run import RunSpec, batches, labels
-from lambda_hat.settings import Runtime
-from lambda_hat.store import Store
+from lambda_hat.llc import artifacts, summary
+from lambda_hat.llc.artifacts import found, steps
+from lambda_hat.llc.run import RunSpec, batches, labels
+from lambda_hat.specs.settings import Runtime
+from lambda_hat.store.manifest import Address, Manifest, target_address
+from lambda_hat.store.store import Store
 
 
 def compute(specs: list[RunSpec], store: Store, place: Place, runtime: Runtime) -> list[dict[str, Any]]:
@@ -25,7 +25,7 @@ def compute(specs: list[RunSpec], store: Store, place: Place, runtime: Runtime) 
     there = found(store, specs)
     names = labels(specs)
     rows = {
-        index: report.row(names[index], spec, "cached", there[steps(spec)[-1]].summary)
+        index: summary.row(names[index], spec, "cached", there[steps(spec)[-1]].summary)
         for index, spec in enumerate(specs)
         if all(address in there for address in steps(spec))
     }
@@ -66,7 +66,7 @@ def _compute(
     def finish(index: int, state: State) -> None:
         made, result = steps(specs[index])[1:], state.result() if state.is_completed() else None
         status = "failed" if result is None else "cached" if all(address in there for address in made) else "computed"
-        rows[index] = report.row(names[index], specs[index], status, result, "" if result else reason(state))
+        rows[index] = summary.row(names[index], specs[index], status, result, "" if result else reason(state))
         logger.info("%s by %s: %s", *names[index], status)
 
     # Each run is diagnosed as soon as it is sampled; queued behind the others, its diagnosis would come after all sampling.

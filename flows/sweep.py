@@ -13,15 +13,15 @@ from flows.ends import Stop
 from flows.orchestration import Command, RunsFailed, command_line, parser, publish_to_ui
 from flows.runs import compute, show
 from flows.tasks import Place, begin
-from lambda_hat import artifacts, report
 from lambda_hat.batch_size.plan import with_stored
-from lambda_hat.manifest import sweep_address
-from lambda_hat.plan import check_own, describe, make_plan
-from lambda_hat.preflight import check_runs
-from lambda_hat.run import RunSpec
-from lambda_hat.settings import Settings
-from lambda_hat.spec import InvalidInput
-from lambda_hat.store import Store
+from lambda_hat.llc import artifacts, summary
+from lambda_hat.llc.plan import check_own, describe, make_plan
+from lambda_hat.llc.preflight import check_runs
+from lambda_hat.llc.run import RunSpec
+from lambda_hat.specs.settings import Settings
+from lambda_hat.specs.spec import InvalidInput
+from lambda_hat.store.manifest import sweep_address
+from lambda_hat.store.store import Store
 
 
 @flow(name="sweep")
@@ -82,7 +82,7 @@ def _asked(
 
 def _publish(specs: list[RunSpec], rows: list[dict[str, Any]], store: Store, place: Place) -> list[dict[str, Any]]:
     """The finished runs' plots to the store, and with the table to the UI; returns the rows or raises RunsFailed."""
-    finished, table = _finished(specs, rows), report.table(rows)
+    finished, table = _finished(specs, rows), summary.table(rows)
     label = f"{len(finished)} of {len(rows)} runs"
     if finished:
         publish = functools.partial(artifacts.publish_sweep, finished, store)
@@ -115,14 +115,14 @@ def main() -> int:
     arguments = (given.experiment, given.overrides, given.from_run)
     command = Command(
         sweep, plan=lambda settings, store, _: _plan(settings, store, *arguments), listing=describe,
-        name=lambda specs: f"{len(specs)} runs of {len({spec.target_id for spec in specs})} targets", preview=report.plan_table,
+        name=lambda specs: f"{len(specs)} runs of {len({spec.target_id for spec in specs})} targets", preview=summary.plan_table,
         arguments=lambda _: arguments, show=_shown,
     )  # fmt: skip
     return command_line(command, given, Stop())
 
 
 def _shown(specs: list[RunSpec], rows: list[dict[str, Any]], store: Store) -> str:
-    return f"{report.text_table(rows)}\n{report.plot_places(_finished(specs, rows), store)}"
+    return f"{summary.text_table(rows)}\n{summary.plot_places(_finished(specs, rows), store)}"
 
 
 if __name__ == "__main__":

@@ -17,17 +17,17 @@ from prefect.tasks import exponential_backoff
 
 from flows.ends import Stop
 from flows.progress import log_progress
-from lambda_hat import artifacts
 from lambda_hat.batch_size import artifacts as studies
+from lambda_hat.compute.runtime import configure
 from lambda_hat.entropy import artifacts as policies
 from lambda_hat.entropy.spec import EntropySpec
-from lambda_hat.manifest import Manifest, StoreUnavailable
-from lambda_hat.policies.spec import PolicySpec
-from lambda_hat.run import RunSpec
-from lambda_hat.runtime import configure
-from lambda_hat.settings import Settings, load_settings
-from lambda_hat.store import Store
-from lambda_hat.trials.spec import TrialSpec
+from lambda_hat.llc import artifacts
+from lambda_hat.llc.run import RunSpec
+from lambda_hat.specs.settings import Settings, load_settings
+from lambda_hat.store.manifest import Manifest, StoreUnavailable
+from lambda_hat.store.store import Store
+from lambda_hat.targets.policies.spec import PolicySpec
+from lambda_hat.targets.trials.spec import TrialSpec
 
 #: Names of a store and a settings file, None for the default ones. A task is told no more, so no credential is recorded.
 Place = dict[str, str | None]

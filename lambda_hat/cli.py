@@ -12,14 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lambda_hat import __version__, gallery
+from lambda_hat import __version__
 from lambda_hat.batch_size import commands as batch_size
 from lambda_hat.entropy import commands as entropy
-from lambda_hat.manifest import Address, ArtifactError, Manifest, StoreUnavailable, diagnosis_address
-from lambda_hat.settings import load_settings
-from lambda_hat.spec import InvalidInput, dotted
-from lambda_hat.store import Store
-from lambda_hat.text import verdict_text, with_error
+from lambda_hat.specs.settings import load_settings
+from lambda_hat.specs.spec import InvalidInput, dotted
+from lambda_hat.specs.text import verdict_text, with_error
+from lambda_hat.store import gallery
+from lambda_hat.store.manifest import Address, ArtifactError, Manifest, StoreUnavailable, diagnosis_address
+from lambda_hat.store.store import Store
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -9,7 +9,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, FlowRunFilter, FlowRunFilterId
 
 from flows.orchestration import RunsFailed
-from lambda_hat.store import Store
+from lambda_hat.store.store import Store
 
 
 def runner(flow: Any, settings_file: str) -> Callable[..., SimpleNamespace]:

@@ -14,14 +14,14 @@ import jax
 import pandas as pd
 import pytest
 
-from lambda_hat import artifacts, report
 from lambda_hat.cli import KINDS, main
-from lambda_hat.manifest import diagnosis_address, run_address, sweep_address, target_address
-from lambda_hat.posterior import PosteriorSpec
-from lambda_hat.run import RunSpec
+from lambda_hat.llc import artifacts, summary
+from lambda_hat.llc.run import RunSpec
 from lambda_hat.samplers.hmc import HmcSpec
+from lambda_hat.samplers.posterior import PosteriorSpec
 from lambda_hat.samplers.sgld import SgldSpec
-from lambda_hat.store import Store
+from lambda_hat.store.manifest import diagnosis_address, run_address, sweep_address, target_address
+from lambda_hat.store.store import Store
 from lambda_hat.targets.analytic import DeepLinearData, DeepLinearSpec, QuadraticData, QuadraticSpec
 
 BOWL = QuadraticSpec(dim=4, data=QuadraticData(n_data=300))
@@ -313,7 +313,7 @@ def test_show_tells_chains_and_findings(run, store):
     spec = SPECS[2]
     found = store.manifest(diagnosis_address(spec.target_id, spec.run_id)).summary
     lines = [line.strip() for line in run("show", spec.run_id).out.splitlines()]
-    assert f"llc {report.with_error(found['llc'], found['mcse'])}, exact {found['true_llc_text']}: {found['verdict']}" in lines
+    assert f"llc {summary.with_error(found['llc'], found['mcse'])}, exact {found['true_llc_text']}: {found['verdict']}" in lines
     for finding in found["findings"]:
         assert f"{finding['verdict']}: {finding['remedy']}" in lines
     header, *rows = (line.split() for line in lines if re.match(r"chain |\d ", line))

@@ -14,8 +14,8 @@ from nbclient import NotebookClient
 
 from lambda_hat.batch_size.plan import check_studies
 from lambda_hat.entropy.plan import check_entropy
-from lambda_hat.plan import check_presets
-from lambda_hat.settings import load_settings
+from lambda_hat.llc.plan import check_presets
+from lambda_hat.specs.settings import load_settings
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "docs").glob("*.ipynb"))

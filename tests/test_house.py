@@ -67,7 +67,7 @@ def test_flows_hold_no_mathematics():
     [
         ("lambda_hat", ["numpy", "pydantic"]),
         ("lambda_hat.cli", ["jax", "pandas", "prefect", "arviz", "matplotlib"]),
-        ("lambda_hat.plan", ["pandas", "prefect", "arviz", "matplotlib", "sklearn"]),
+        ("lambda_hat.llc.plan", ["pandas", "prefect", "arviz", "matplotlib", "sklearn"]),
     ],
 )
 def test_importing_stays_light(module, heavy):

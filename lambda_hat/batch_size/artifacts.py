@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from lambda_hat import artifacts
-from lambda_hat.arrays import flatten, pack_arrays, unpack_arrays
 from lambda_hat.batch_size.ends import Place, load_ends, pack_ends
 from lambda_hat.batch_size.study import Study, failures
-from lambda_hat.chunks import Progress, no_progress
-from lambda_hat.manifest import (
+from lambda_hat.compute.chunks import Progress, no_progress
+from lambda_hat.llc import artifacts
+from lambda_hat.llc.run import RunSpec
+from lambda_hat.specs.spec import InvalidInput, content_id, dotted
+from lambda_hat.store.arrays import flatten, pack_arrays, unpack_arrays
+from lambda_hat.store.manifest import (
     DIAGNOSIS_VERSION,
     STUDY_VERSION,
     Address,
@@ -31,11 +33,9 @@ from lambda_hat.manifest import (
     target_address,
     trials_address,
 )
-from lambda_hat.run import RunSpec
-from lambda_hat.spec import InvalidInput, content_id, dotted
-from lambda_hat.store import Store
-from lambda_hat.targets import AnyTargetSpec, TargetSpec
-from lambda_hat.trials.spec import TrialSpec
+from lambda_hat.store.store import Store
+from lambda_hat.targets.families import AnyTargetSpec, TargetSpec
+from lambda_hat.targets.trials.spec import TrialSpec
 
 #: Trials of one artifact at most, all trained by one program; an interrupted study goes on within it.
 MAX_TOGETHER = 512
@@ -82,8 +82,8 @@ def train_batch(specs: Sequence[TrialSpec], store: Store, keep: bool = False, pr
     if (manifest := store.manifest(address)) is not None:
         store.clear_checkpoint(address)
         return manifest
-    from lambda_hat.trials.engine import train_trials
-    from lambda_hat.trials.result import to_target
+    from lambda_hat.targets.trials.engine import train_trials
+    from lambda_hat.targets.trials.result import to_target
 
     # A checkpoint is of the trials' places side by side, which must be the same in whatever order they come, and numbers depend
     # on them in the last digits: longer trainings of the same trials have the same.

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lambda_hat.manifest import Address, Manifest
-from lambda_hat.spec import ALGORITHM_VERSION, InvalidInput
-from lambda_hat.store import Store
-from lambda_hat.study_views import add_options, emit, find_studies, refusals, rendered, write_plots, write_report
+from lambda_hat.specs.spec import ALGORITHM_VERSION, InvalidInput
+from lambda_hat.store.manifest import Address, Manifest
+from lambda_hat.store.store import Store
+from lambda_hat.studies.views import add_options, emit, find_studies, refusals, rendered, write_plots, write_report
 
 if TYPE_CHECKING:
     import numpy as np
@@ -111,9 +111,9 @@ def _joined(store: Store, addresses: list[Address]) -> Study:
     """
     import pandas as pd
 
-    from lambda_hat.arrays import unflatten, unpack_arrays
     from lambda_hat.batch_size.study import Study
     from lambda_hat.batch_size.trades import default_target
+    from lambda_hat.store.arrays import unflatten, unpack_arrays
 
     tables: list[pd.DataFrame] = []
     targets: set[float | None] = set()
@@ -152,7 +152,7 @@ def _shown(study: Study) -> pd.DataFrame:
 
 
 def _process_mnist1m(_store: Store, options: argparse.Namespace) -> int:
-    from lambda_hat.data import process_mnist1m
+    from lambda_hat.targets.data import process_mnist1m
 
     def show(done: int, total: int, unit: str, note: str) -> None:
         print(f"{done} of {total} {unit}, {note}", file=sys.stderr)

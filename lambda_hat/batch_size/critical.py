@@ -13,7 +13,7 @@ import numpy as np
 
 from lambda_hat.batch_size.smoothing import updates_done
 
-#: Steps and losses, (P,) each; see `lambda_hat.batch_size.study.Study`.
+#: Steps and losses, (P,) each; see `batch_size.study.Study`.
 Curve = tuple[np.ndarray, np.ndarray]
 
 #: The share of samples above linear scaling that defines the critical batch size of Zhang et al. 2024, arXiv 2410.21676.

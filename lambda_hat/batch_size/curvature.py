@@ -1,6 +1,6 @@
 """Curvature of a target's loss at w*: the Hessian of the mean loss over all the data, by products with vectors alone.
 
-The products are forward over reverse, on bounded memory: `lambda_hat.full_data.CHUNK_SAMPLES` samples at a time. Everything is
+The products are forward over reverse, on bounded memory: `targets.full_data.CHUNK_SAMPLES` samples at a time. Everything is
 in the target's precision. A Krylov basis of m vectors takes m d numbers.
 """
 
@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from lambda_hat.full_data import reduce_chunks
-from lambda_hat.spec import InvalidInput
-from lambda_hat.target import Dataset, Objective, Params, Target, num_params
+from lambda_hat.specs.spec import InvalidInput
+from lambda_hat.targets.full_data import reduce_chunks
+from lambda_hat.targets.target import Dataset, Objective, Params, Target, num_params
 
 #: Products on the device between two looks at whether the eigenvalues have converged.
 BLOCK = 8

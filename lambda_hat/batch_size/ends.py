@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lambda_hat.arrays import pack_arrays, unpack_arrays
-from lambda_hat.manifest import Address
-from lambda_hat.store import Store
-from lambda_hat.trials.engine import End
-from lambda_hat.trials.spec import TrialSpec
+from lambda_hat.store.arrays import pack_arrays, unpack_arrays
+from lambda_hat.store.manifest import Address
+from lambda_hat.store.store import Store
+from lambda_hat.targets.trials.engine import End
+from lambda_hat.targets.trials.spec import TrialSpec
 
 #: The file of an artifact of trials.
 FILE = "ends.npz"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from lambda_hat.batch_size.study import losses
-from lambda_hat.spec import InvalidInput
+from lambda_hat.specs.spec import InvalidInput
 
 if TYPE_CHECKING:
     import pandas as pd

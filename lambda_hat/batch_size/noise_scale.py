@@ -12,8 +12,8 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from lambda_hat.batch_size.curvature import mean_loss
-from lambda_hat.spec import InvalidInput
-from lambda_hat.target import Dataset, Objective, Params, Target
+from lambda_hat.specs.spec import InvalidInput
+from lambda_hat.targets.target import Dataset, Objective, Params, Target
 
 
 class NoiseScale(NamedTuple):

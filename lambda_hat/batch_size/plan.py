@@ -10,15 +10,15 @@ from typing import Any, NamedTuple, get_args
 from pydantic import ValidationError
 
 from lambda_hat.batch_size.artifacts import find_target
-from lambda_hat.overrides import Assignment, parse_sweep
-from lambda_hat.plan import check_own, make_plan, study_options
-from lambda_hat.run import RunSpec
-from lambda_hat.settings import Preset, Settings, StudyExperiment, explain, lookup, nearest
-from lambda_hat.spec import InvalidInput, Precision
-from lambda_hat.store import Store
-from lambda_hat.targets import TargetSpec
-from lambda_hat.trials.spec import TrialSpec
-from lambda_hat.trials.task import AnyTask
+from lambda_hat.llc.plan import check_own, make_plan, study_options
+from lambda_hat.llc.run import RunSpec
+from lambda_hat.specs.overrides import Assignment, parse_sweep
+from lambda_hat.specs.settings import Preset, Settings, StudyExperiment, explain, lookup, nearest
+from lambda_hat.specs.spec import InvalidInput, Precision
+from lambda_hat.store.store import Store
+from lambda_hat.targets.families import TargetSpec
+from lambda_hat.targets.trials.spec import TrialSpec
+from lambda_hat.targets.trials.task import AnyTask
 
 DEFAULT = "default"
 

@@ -14,10 +14,10 @@ from lambda_hat.batch_size.fits import LAZY, RICH, Slope, richness_slopes, width
 from lambda_hat.batch_size.plots import CAPTIONS
 from lambda_hat.batch_size.study import Group, Study, comparable, distinct, failures, groups, losses, settings, swept
 from lambda_hat.batch_size.trades import trades
-from lambda_hat.html import VERSIONS, page
-from lambda_hat.plots import Drawn
-from lambda_hat.text import number
-from lambda_hat.trials.engine import ALIVE
+from lambda_hat.specs.text import number
+from lambda_hat.studies.page import VERSIONS, page
+from lambda_hat.studies.plots import Drawn
+from lambda_hat.targets.trials.engine import ALIVE
 
 #: Rows of the tables: the best settings, fits, and single trials; the others are in the study's own table.
 MAX_BEST, MAX_FITS, MAX_TRIALS = 10, 60, 500

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lambda_hat.spec import InvalidInput
+from lambda_hat.specs.spec import InvalidInput
 
 
 def updates_done(steps: np.ndarray) -> np.ndarray:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lambda_hat.overrides import Value, parse
-from lambda_hat.settings import nearest
-from lambda_hat.spec import InvalidInput
-from lambda_hat.text import number
+from lambda_hat.specs.overrides import Value, parse
+from lambda_hat.specs.settings import nearest
+from lambda_hat.specs.spec import InvalidInput
+from lambda_hat.specs.text import number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,7 +25,7 @@ class Study(NamedTuple):
     """The trials of a study.
 
     table: one row a trial: `trial_id`, its settings, `temperature` eta/batch_size, `samples` seen, and what was measured, NaN
-    where it was not or where the trial diverged; `failure`, see `lambda_hat.trials.engine.Failure`, missing where training did
+    where it was not or where the trial diverged; `failure`, see `targets.trials.engine.Failure`, missing where training did
     not fail. curves: trial_id -> (steps, losses), the mean loss of the minibatches of all steps since the point before.
     target_loss: to which critical batch sizes are fitted, the same for whatever of the study is looked at; None for none.
     """

@@ -9,9 +9,9 @@ from lambda_hat.batch_size.artifacts import batches, trained
 from lambda_hat.batch_size.ends import find_ends
 from lambda_hat.batch_size.plan import StudyPlan
 from lambda_hat.batch_size.study import Study, failed_text, failures, losses, swept
-from lambda_hat.report import aligned, files_of, what_failed
-from lambda_hat.store import Store
-from lambda_hat.trials.spec import TrialSpec
+from lambda_hat.store.store import Store
+from lambda_hat.studies.table import aligned, files_of, what_failed
+from lambda_hat.targets.trials.spec import TrialSpec
 
 #: Trials that are shown, the best first.
 NUM_BEST = 10

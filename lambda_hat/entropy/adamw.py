@@ -23,11 +23,11 @@ from jax.tree_util import Partial
 
 from lambda_hat.entropy.checks import check_finite, check_like
 from lambda_hat.entropy.sequences import Batch, as_partial, check_sequences, in_chunks
-from lambda_hat.policies.decoder import Apply
-from lambda_hat.policies.objective import policy_loss
-from lambda_hat.selection import tensor_name
-from lambda_hat.spec import InvalidInput
-from lambda_hat.target import Params
+from lambda_hat.specs.spec import InvalidInput
+from lambda_hat.targets.policies.decoder import Apply
+from lambda_hat.targets.policies.objective import policy_loss
+from lambda_hat.targets.selection import tensor_name
+from lambda_hat.targets.target import Params
 
 
 class AdamW(NamedTuple):
@@ -155,10 +155,10 @@ def aggregate_gradient(apply: Apply, params: Params, batch: Batch, weights_B: An
     """g = sum_i g_i, the gradient of the loss, at most `chunk_size` sequences at a time.
 
     Args:
-      weights_B: of `lambda_hat.policies.objective.sequence_weights`, flat.
+      weights_B: of `targets.policies.objective.sequence_weights`, flat.
 
     Raises:
-      InvalidInput: see `lambda_hat.entropy.sequences.check_sequences`.
+      InvalidInput: see `entropy.sequences.check_sequences`.
     """
     batch = check_sequences(apply, params, batch, weights_B)
     weights = np.asarray(weights_B, np.promote_types(jax.tree.leaves(params)[0].dtype, np.float32))

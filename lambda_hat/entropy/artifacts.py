@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lambda_hat import artifacts
-from lambda_hat.arrays import flatten, pack_arrays, unflatten, unpack_arrays
-from lambda_hat.chunks import Progress, no_progress
+from lambda_hat.compute.chunks import Progress, no_progress
 from lambda_hat.entropy.spec import EntropySpec
 from lambda_hat.entropy.study import EntropyStudy, Measured, PolicyTraining, influence_table, names_of
-from lambda_hat.manifest import (
+from lambda_hat.llc import artifacts
+from lambda_hat.specs.spec import content_id
+from lambda_hat.store.arrays import flatten, pack_arrays, unflatten, unpack_arrays
+from lambda_hat.store.manifest import (
     DIAGNOSIS_VERSION,
     STUDY_VERSION,
     ArtifactError,
@@ -27,8 +28,7 @@ from lambda_hat.manifest import (
     entropy_study_address,
     target_address,
 )
-from lambda_hat.spec import content_id
-from lambda_hat.store import Store
+from lambda_hat.store.store import Store
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,7 +42,7 @@ def measure_update(
     An interrupted measurement goes on from the chunk where it was saved last.
 
     Raises:
-      ArtifactError: the policy is not in the store, or is damaged. InvalidInput: see `lambda_hat.entropy.measure.measure`.
+      ArtifactError: the policy is not in the store, or is damaged. InvalidInput: see `entropy.measure.measure`.
     """
     address = entropy_address(spec.entropy_id)
     if (manifest := store.manifest(address)) is not None:

@@ -20,14 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from lambda_hat.chunks import Progress, no_progress
+from lambda_hat.compute.chunks import Progress, no_progress
 from lambda_hat.entropy.adamw import Update, precondition, sequence_gradients
 from lambda_hat.entropy.checks import check_like
 from lambda_hat.entropy.estimators import Integrand, evaluate, evaluate_chunk, weighted_integrand, with_baselines
 from lambda_hat.entropy.importance import Evaluation, Snis, snis
 from lambda_hat.entropy.sequences import Batch, as_partial, check_sequences, in_chunks
-from lambda_hat.policies.decoder import Apply
-from lambda_hat.target import Params, chunk_size
+from lambda_hat.targets.policies.decoder import Apply
+from lambda_hat.targets.target import Params, chunk_size
 
 
 class Columns(NamedTuple):
@@ -43,7 +43,7 @@ Save = Callable[[Columns], None]
 
 class Training(NamedTuple):
     """The sequences of an update, (N_U, T), their weights in its loss, (N_U,), as
-    `lambda_hat.policies.objective.sequence_weights` has them, and the update's parts."""
+    `targets.policies.objective.sequence_weights` has them, and the update's parts."""
 
     batch: Batch
     weights: np.ndarray
@@ -51,7 +51,7 @@ class Training(NamedTuple):
 
 
 class Changes(NamedTuple):
-    """Changes of the entropy at one eta, by importance sampling; see `lambda_hat.entropy.importance.Snis`.
+    """Changes of the entropy at one eta, by importance sampling; see `entropy.importance.Snis`.
 
     full: H(theta + eta v) - H(theta), K = 1. baseline: H(theta + eta b) - H(theta), K = 1. grad: H(theta + eta v_i) - H(theta),
     K = N_U. baseline_plus_grad: H(theta + eta b + eta v_i) - H(theta + eta b), K = N_U. Contributions are (K, N_E).
@@ -130,13 +130,13 @@ def attribution_matrix(
     forward-mode pass of the evaluation batch for each v_i (`orders`, of the same result).
 
     Args:
-      evaluation: independent draws from the policy. baselines_BT: theirs, of `lambda_hat.entropy.estimators.baselines`.
+      evaluation: independent draws from the policy. baselines_BT: theirs, of `entropy.estimators.baselines`.
       grad_chunk: training sequences whose v_i are held together: for each chunk the evaluation gradients are computed anew.
         sequence_chunk: sequences whose gradients are computed together.
       resume: what `save` received last in an interrupted call.
 
     Raises:
-      InvalidInput: see `lambda_hat.entropy.sequences.check_sequences`.
+      InvalidInput: see `entropy.sequences.check_sequences`.
     """
     training, evaluation = _checked(apply, params, training), check_sequences(apply, params, evaluation, None, baselines_BT)
     num_evaluated, total = len(evaluation.tokens_BT), len(training.weights)
@@ -233,7 +233,7 @@ def entropy_changes(
       gradient_apply: the policy as the update's gradients were computed, in bfloat16 perhaps; none = `apply`.
 
     Raises:
-      InvalidInput: see `lambda_hat.entropy.sequences.check_sequences`.
+      InvalidInput: see `entropy.sequences.check_sequences`.
     """
     training, evaluation = _checked(apply, params, training), check_sequences(apply, params, evaluation)
     grad_chunk = chunk_size(len(training.weights), grad_chunk)

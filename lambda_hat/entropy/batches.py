@@ -12,11 +12,11 @@ import pandas as pd
 
 from lambda_hat.entropy.sequences import Batch, TokenStats
 from lambda_hat.entropy.spec import EvaluationSpec, PromptsSpec, SequenceSpec, UpdateSpec
-from lambda_hat.policies.generate import generate, sequences
-from lambda_hat.policies.objective import group_advantages
-from lambda_hat.policies.policy import Policy
-from lambda_hat.policies.tasks import Prompts, TokenizedTask, rewards
-from lambda_hat.spec import InvalidInput
+from lambda_hat.specs.spec import InvalidInput
+from lambda_hat.targets.policies.generate import generate, sequences
+from lambda_hat.targets.policies.objective import group_advantages
+from lambda_hat.targets.policies.policy import Policy
+from lambda_hat.targets.policies.tasks import Prompts, TokenizedTask, rewards
 
 #: Sequences that are drawn side by side at most.
 GENERATED_TOGETHER = 1024

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from lambda_hat.selection import tensor_name
-from lambda_hat.spec import InvalidInput
-from lambda_hat.target import Params
+from lambda_hat.specs.spec import InvalidInput
+from lambda_hat.targets.selection import tensor_name
+from lambda_hat.targets.target import Params
 
 
 def check_finite(what: str, tree: Any) -> None:

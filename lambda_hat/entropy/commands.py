@@ -6,10 +6,10 @@ import argparse
 import io
 from typing import TYPE_CHECKING, Any
 
-from lambda_hat.manifest import Address
-from lambda_hat.spec import InvalidInput
-from lambda_hat.store import Store
-from lambda_hat.study_views import add_options, emit, find_studies, refusals, rendered, write_plots, write_report
+from lambda_hat.specs.spec import InvalidInput
+from lambda_hat.store.manifest import Address
+from lambda_hat.store.store import Store
+from lambda_hat.studies.views import add_options, emit, find_studies, refusals, rendered, write_plots, write_report
 
 if TYPE_CHECKING:
     import pandas as pd

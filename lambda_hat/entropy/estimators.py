@@ -1,7 +1,7 @@
 """How the entropy changes along directions in parameter space, estimated from sequences that the policy itself has drawn.
 
 With x ~ pi_theta and h the integrand whose mean is sought, H(theta + eta d) is estimated
-- at a finite eta by importance sampling (`lambda_hat.entropy.importance.snis`, of what `evaluate` computes);
+- at a finite eta by importance sampling (`entropy.importance.snis`, of what `evaluate` computes);
 - by its first and second derivative with respect to eta at 0 (`orders`), from one function of eta for each sequence,
     psi(eta) = sum_t [w_t h_t - b_t w_<t (r_t - 1)],   r_t = pi_eta(x_t | x_<t) / pi_theta(x_t | x_<t),   w_<t = prod_{s<t} r_s,
   whose mean is H(theta + eta d) for every eta. With h_t the token entropy H_t, a function of x_<t, w_t is w_<t, and
@@ -24,9 +24,9 @@ from jax.tree_util import Partial
 
 from lambda_hat.entropy.importance import Evaluation
 from lambda_hat.entropy.sequences import Batch, TokenStats, as_partial, check_sequences, in_chunks, moved, token_stats
-from lambda_hat.policies.decoder import Apply
-from lambda_hat.spec import InvalidInput
-from lambda_hat.target import Params, chunk_size
+from lambda_hat.specs.spec import InvalidInput
+from lambda_hat.targets.policies.decoder import Apply
+from lambda_hat.targets.target import Params, chunk_size
 
 #: h of a sequence: the sum of the exact entropies of its tokens' distributions; the sum of its tokens' surprisals, of the same
 #: mean; the mean of the entropies over its tokens.

@@ -14,9 +14,9 @@ import numpy as np
 from jax.tree_util import Partial
 
 from lambda_hat.entropy.sequences import Batch, as_partial, check_batch, in_chunks, moved, token_stats
-from lambda_hat.policies.decoder import Apply
-from lambda_hat.spec import InvalidInput
-from lambda_hat.target import Params
+from lambda_hat.specs.spec import InvalidInput
+from lambda_hat.targets.policies.decoder import Apply
+from lambda_hat.targets.target import Params
 
 #: Completions beyond which an enumeration is refused: their tokens alone would fill gigabytes.
 MAX_COMPLETIONS = 2**24

@@ -18,7 +18,7 @@ import optax
 import pandas as pd
 from jax.tree_util import Partial
 
-from lambda_hat.chunks import Pace, Progress, no_progress
+from lambda_hat.compute.chunks import Pace, Progress, no_progress
 from lambda_hat.entropy.adamw import AdamW, aggregate_gradient, take_apart
 from lambda_hat.entropy.attribution import (
     PARTS,
@@ -39,10 +39,10 @@ from lambda_hat.entropy.importance import Snis
 from lambda_hat.entropy.sequences import Batch, TokenStats, all_token_stats, moved
 from lambda_hat.entropy.spec import EntropySpec
 from lambda_hat.entropy.study import Measured
-from lambda_hat.policies.objective import sequence_weights
-from lambda_hat.policies.policy import policy_of
-from lambda_hat.policies.spec import RlSpec
-from lambda_hat.target import Params, Target
+from lambda_hat.targets.policies.objective import sequence_weights
+from lambda_hat.targets.policies.policy import policy_of
+from lambda_hat.targets.policies.spec import RlSpec
+from lambda_hat.targets.target import Params, Target
 
 #: Bytes that directions held together, and the logits of sequences evaluated together, may each take where the device does not
 #: say how much memory it has.

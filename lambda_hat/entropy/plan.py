@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from lambda_hat.entropy.spec import EntropySpec, EvaluationSpec, UpdateSpec
-from lambda_hat.overrides import Assignment, parse_sweep
-from lambda_hat.plan import ALL, make_plan, make_targets, study_options
-from lambda_hat.policies.spec import PolicySpec
-from lambda_hat.run import RunSpec
-from lambda_hat.settings import EntropyExperiment, Settings, explain, lookup, nearest
-from lambda_hat.spec import InvalidInput
+from lambda_hat.llc.plan import ALL, make_plan, make_targets, study_options
+from lambda_hat.llc.run import RunSpec
+from lambda_hat.specs.overrides import Assignment, parse_sweep
+from lambda_hat.specs.settings import EntropyExperiment, Settings, explain, lookup, nearest
+from lambda_hat.specs.spec import InvalidInput
+from lambda_hat.targets.policies.spec import PolicySpec
 
 DEFAULT = "default"
 

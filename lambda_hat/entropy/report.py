@@ -13,10 +13,10 @@ from lambda_hat.entropy.plots import CAPTIONS
 from lambda_hat.entropy.plots.common import View, by_setting, label, views
 from lambda_hat.entropy.plots.training import batches
 from lambda_hat.entropy.study import EntropyStudy, Measured
-from lambda_hat.html import VERSIONS, page
-from lambda_hat.plots import Drawn
-from lambda_hat.spec import dotted
-from lambda_hat.text import with_error
+from lambda_hat.specs.spec import dotted
+from lambda_hat.specs.text import with_error
+from lambda_hat.studies.page import VERSIONS, page
+from lambda_hat.studies.plots import Drawn
 
 #: Measurements, those with a table of their changes over eta, and the most influential sequences.
 MAX_MEASUREMENTS, MAX_CHANGES, MAX_SEQUENCES = 200, 50, 25

@@ -16,10 +16,10 @@ import numpy as np
 from jax.tree_util import Partial
 
 from lambda_hat.entropy.checks import check_finite
-from lambda_hat.policies.decoder import Apply
-from lambda_hat.policies.generate import token_statistics
-from lambda_hat.spec import InvalidInput
-from lambda_hat.target import Params, chunk_size
+from lambda_hat.specs.spec import InvalidInput
+from lambda_hat.targets.policies.decoder import Apply
+from lambda_hat.targets.policies.generate import token_statistics
+from lambda_hat.targets.target import Params, chunk_size
 
 Arrays = TypeVar("Arrays")
 

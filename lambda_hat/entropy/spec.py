@@ -8,9 +8,9 @@ from pydantic import Field, model_validator
 
 from lambda_hat.entropy.estimators import Integrand
 from lambda_hat.entropy.exact import check_enumerable
-from lambda_hat.policies.decoder import DecoderSpec
-from lambda_hat.policies.spec import PolicySpec
-from lambda_hat.spec import Spec, content_id
+from lambda_hat.specs.spec import Spec, content_id
+from lambda_hat.targets.policies.decoder import DecoderSpec
+from lambda_hat.targets.policies.spec import PolicySpec
 
 #: More sequences in an update, or in an evaluation batch, are a typing error.
 MAX_SEQUENCES = 1_000_000

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lambda_hat.entropy.spec import EntropySpec
-from lambda_hat.policies.spec import PolicySpec
-from lambda_hat.spec import dotted
+from lambda_hat.specs.spec import dotted
+from lambda_hat.targets.policies.spec import PolicySpec
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,7 +39,7 @@ class Measured(NamedTuple):
 
 
 class PolicyTraining(NamedTuple):
-    """How a policy was trained: its metrics and its curves over the updates, see `lambda_hat.policies.train.TrainedPolicy`."""
+    """How a policy was trained: its metrics and its curves over the updates, see `targets.policies.train.TrainedPolicy`."""
 
     target_id: str
     spec: PolicySpec

@@ -8,10 +8,10 @@ from typing import Any
 from lambda_hat.entropy.plan import EntropyPlan
 from lambda_hat.entropy.spec import EntropySpec
 from lambda_hat.entropy.study import differing, measurement_settings
-from lambda_hat.manifest import entropy_address, target_address
-from lambda_hat.report import aligned, files_of, what_failed
-from lambda_hat.store import Store
-from lambda_hat.text import with_error
+from lambda_hat.specs.text import with_error
+from lambda_hat.store.manifest import entropy_address, target_address
+from lambda_hat.store.store import Store
+from lambda_hat.studies.table import aligned, files_of, what_failed
 
 #: Columns of numbers.
 RIGHT = {

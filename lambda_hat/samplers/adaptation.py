@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from pydantic import Field
 
-from lambda_hat.posterior import Posterior
 from lambda_hat.samplers.base import Info, Sampler, SamplerSpec
+from lambda_hat.samplers.posterior import Posterior
 
 #: Imaginary draws, all with the coordinates' mean variance, which a window's variances are mixed with. As in Stan, except that
 #: Stan's have variance 1e-3, which supposes a posterior of unit scale; the ones here are narrower by orders of magnitude.

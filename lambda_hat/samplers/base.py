@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 import jax
 from pydantic import Field, model_validator
 
-from lambda_hat.spec import Spec
+from lambda_hat.specs.spec import Spec
 
 #: A step size in the convention above, or "auto": found during burn-in.
 StepSize = Annotated[float, Field(gt=0)] | Literal["auto"]

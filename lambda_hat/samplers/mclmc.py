@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from pydantic import Field
 
-from lambda_hat.posterior import Posterior
 from lambda_hat.samplers.adaptation import Adaptation, StepRule, warm_up
 from lambda_hat.samplers.base import Info, Sampler, SamplerSpec
+from lambda_hat.samplers.posterior import Posterior
 
 #: The McLachlan integrator evaluates two gradients a step.
 GRADIENTS_PER_STEP = 2.0

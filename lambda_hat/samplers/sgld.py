@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from pydantic import Field, model_validator
 
-from lambda_hat import random
-from lambda_hat.posterior import Posterior
+from lambda_hat.compute import random
 from lambda_hat.samplers.base import Info, Sampler
+from lambda_hat.samplers.posterior import Posterior
 from lambda_hat.samplers.stochastic import Minibatch, StochasticSpec, logdensity_gradient
 from lambda_hat.samplers.trials import with_trials
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from pydantic import Field
 
-from lambda_hat.posterior import Posterior
 from lambda_hat.samplers.base import Info, Sampler
+from lambda_hat.samplers.posterior import Posterior
 from lambda_hat.samplers.stochastic import Minibatch, StochasticSpec, heat, logdensity_gradient
 from lambda_hat.samplers.trials import with_trials
 

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from pydantic import Field
 
-from lambda_hat.posterior import Posterior
 from lambda_hat.samplers.adaptation import AdaptedSpec
 from lambda_hat.samplers.base import Info, Sampler
 from lambda_hat.samplers.hmc import trajectory_length
+from lambda_hat.samplers.posterior import Posterior
 
 #: Accepted moves a particle must have had on average before t rises again: copies of one particle that are resampled before
 #: they part are soon all there is.

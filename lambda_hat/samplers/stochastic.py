@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from pydantic import Field, model_validator
 
-from lambda_hat.posterior import Posterior
 from lambda_hat.samplers.base import Info, SamplerSpec, StepSize
+from lambda_hat.samplers.posterior import Posterior
 
 #: Fewest steps of burn-in in which a step size is found.
 MIN_SEARCH = 400

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lambda_hat import random
-from lambda_hat.posterior import Posterior
+from lambda_hat.compute import random
 from lambda_hat.samplers.base import Info, Sampler
+from lambda_hat.samplers.posterior import Posterior
 from lambda_hat.samplers.stochastic import Minibatch, logdensity_gradient
 
 #: Mean acceptance probability of the Langevin steps that the search aims at.

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from pydantic import Field
 
-from lambda_hat.posterior import Posterior
 from lambda_hat.samplers.base import Info, Sampler, SamplerSpec
+from lambda_hat.samplers.posterior import Posterior
 
 #: Where the standard deviations (as BlackJAX's, in units of 1/sqrt(nbeta + localization)) and the factor's entries start.
 START_LOG_SCALE, START_FACTOR = -2.0, 0.1

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import Field, model_validator
 
-from lambda_hat import data
-from lambda_hat.chunks import Progress, no_progress
-from lambda_hat.spec import Precision
-from lambda_hat.target import (
+from lambda_hat.compute.chunks import Progress, no_progress
+from lambda_hat.specs.spec import Precision
+from lambda_hat.targets import data
+from lambda_hat.targets.target import (
     Dataset,
     DataSpec,
     Objective,
@@ -29,7 +29,7 @@ from lambda_hat.target import (
     num_params,
     shaped,
 )
-from lambda_hat.theory import deep_linear_llc
+from lambda_hat.targets.theory import deep_linear_llc
 
 
 class QuadraticData(DataSpec):

@@ -13,10 +13,10 @@ import numpy as np
 import optax
 from pydantic import Field, model_validator
 
-from lambda_hat import data
-from lambda_hat.chunks import Progress, no_progress
-from lambda_hat.networks import CnnSpec, ModelSpec, cnn, input_shapes, mlp
-from lambda_hat.target import (
+from lambda_hat.compute.chunks import Progress, no_progress
+from lambda_hat.targets import data
+from lambda_hat.targets.networks import CnnSpec, ModelSpec, cnn, input_shapes, mlp
+from lambda_hat.targets.target import (
     OBSERVABLE_SIZE,
     Dataset,
     DataSpec,
@@ -28,7 +28,7 @@ from lambda_hat.target import (
     Unfinished,
     mean_float64,
 )
-from lambda_hat.training import TrainedSpec, TrainingSpec, Untrained, train_target
+from lambda_hat.targets.training import TrainedSpec, TrainingSpec, Untrained, train_target
 
 NUM_CLASSES = 10
 

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from pydantic import Field, JsonValue
 
-from lambda_hat.chunks import Progress, no_progress
-from lambda_hat.spec import InvalidInput, Precision, canonical_json
-from lambda_hat.target import (
+from lambda_hat.compute.chunks import Progress, no_progress
+from lambda_hat.specs.spec import InvalidInput, Precision, canonical_json
+from lambda_hat.specs.text import shortened
+from lambda_hat.targets.target import (
     DataSpec,
     Objective,
     Save,
@@ -26,15 +27,14 @@ from lambda_hat.target import (
     mean_loss_float64,
     num_params,
 )
-from lambda_hat.text import shortened
-from lambda_hat.wrap import Wrapped, wrap
+from lambda_hat.targets.wrap import Wrapped, wrap
 
 
 class CustomSpec(TargetSpec):
     """A user's own target: an import path to a function that returns loss, parameters and data.
 
     `package.module:function`, called with `arguments` (and `seed`, if it takes one), returns (loss_fn, params, data), or with
-    the samples' weights as a fourth, as `lambda_hat.wrap.wrap` takes them, floating arrays of any precision; params are w*, and
+    the samples' weights as a fourth, as `targets.wrap.wrap` takes them, floating arrays of any precision; params are w*, and
     not trained further. Its source is not part of the id: change `version` when results change.
     """
 

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import Field, model_validator
 
-from lambda_hat.chunks import Progress, no_progress
-from lambda_hat.spec import Spec
-from lambda_hat.target import (
+from lambda_hat.compute.chunks import Progress, no_progress
+from lambda_hat.specs.spec import Spec
+from lambda_hat.targets.classification import classification_measure, cross_entropy
+from lambda_hat.targets.target import (
     OBSERVABLE_SIZE,
     Dataset,
     DataSpec,
@@ -24,8 +25,7 @@ from lambda_hat.target import (
     Unfinished,
     shaped,
 )
-from lambda_hat.targets.classification import classification_measure, cross_entropy
-from lambda_hat.training import TrainedSpec, TrainingSpec, Untrained, train_target
+from lambda_hat.targets.training import TrainedSpec, TrainingSpec, Untrained, train_target
 
 
 class TransformerSpec(Spec):

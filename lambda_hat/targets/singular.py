@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import Field, NonNegativeInt, model_validator
 
-from lambda_hat import data
-from lambda_hat.chunks import Progress, no_progress
-from lambda_hat.target import (
+from lambda_hat.compute.chunks import Progress, no_progress
+from lambda_hat.targets import data
+from lambda_hat.targets.target import (
     Dataset,
     DataSpec,
     Objective,
@@ -27,7 +27,7 @@ from lambda_hat.target import (
     num_params,
     shaped,
 )
-from lambda_hat.theory import LearningCoefficient, normal_crossing_llc, tanh_llc
+from lambda_hat.targets.theory import LearningCoefficient, normal_crossing_llc, tanh_llc
 
 
 class NormalCrossingData(DataSpec):

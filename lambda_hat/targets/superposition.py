@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import Field
 
-from lambda_hat import data
-from lambda_hat.chunks import Progress, no_progress
-from lambda_hat.target import (
+from lambda_hat.compute.chunks import Progress, no_progress
+from lambda_hat.targets import data
+from lambda_hat.targets.target import (
     OBSERVABLE_SIZE,
     Dataset,
     DataSpec,
@@ -24,7 +24,7 @@ from lambda_hat.target import (
     mean_loss_float64,
     shaped,
 )
-from lambda_hat.training import TrainedSpec, TrainingSpec, Untrained, train_target
+from lambda_hat.targets.training import TrainedSpec, TrainingSpec, Untrained, train_target
 
 #: Features whose own samples are observables.
 OBSERVED_FEATURES = 10

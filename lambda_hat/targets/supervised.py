@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import Field
 
-from lambda_hat.chunks import Progress, no_progress
-from lambda_hat.data import RegressionData, draw_inputs, draw_noise
-from lambda_hat.networks import ModelSpec, input_shapes, mlp
-from lambda_hat.target import (
+from lambda_hat.compute.chunks import Progress, no_progress
+from lambda_hat.targets.data import RegressionData, draw_inputs, draw_noise
+from lambda_hat.targets.networks import ModelSpec, input_shapes, mlp
+from lambda_hat.targets.target import (
     OBSERVABLE_SIZE,
     Dataset,
     Objective,
@@ -24,7 +24,7 @@ from lambda_hat.target import (
     Unfinished,
     mean_loss_float64,
 )
-from lambda_hat.training import TrainedSpec, TrainingSpec, Untrained, train_target
+from lambda_hat.targets.training import TrainedSpec, TrainingSpec, Untrained, train_target
 
 #: Fresh samples whose mean loss is the test loss.
 TEST_SIZE = 1000

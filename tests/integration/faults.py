@@ -16,7 +16,7 @@ from places import Place, made
 from programs import NUMBERS
 
 from lambda_hat.cli import main
-from lambda_hat.manifest import Address, Manifest
+from lambda_hat.store.manifest import Address, Manifest
 
 SETTINGS = """
 [store]

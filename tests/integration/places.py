@@ -13,8 +13,8 @@ from pathlib import Path
 from programs import CHECKOUT, environment, wait_for
 
 from flows.ends import STOPPED
-from lambda_hat.manifest import Address, Manifest
-from lambda_hat.store import Store
+from lambda_hat.store.manifest import Address, Manifest
+from lambda_hat.store.store import Store
 
 
 def processes(group: int) -> dict[int, str]:

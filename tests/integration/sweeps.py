@@ -16,11 +16,11 @@ from types import SimpleNamespace
 import numpy as np
 from programs import CHECKOUT, environment, free_ports, wait_for
 
-from lambda_hat.arrays import unpack_arrays
-from lambda_hat.manifest import run_address
-from lambda_hat.plan import make_plan
-from lambda_hat.settings import load_settings
-from lambda_hat.store import Store
+from lambda_hat.llc.plan import make_plan
+from lambda_hat.specs.settings import load_settings
+from lambda_hat.store.arrays import unpack_arrays
+from lambda_hat.store.manifest import run_address
+from lambda_hat.store.store import Store
 
 SETTINGS = """
 [store]

@@ -13,7 +13,7 @@ from sweeps import Sweeps, prefect_server, program
 
 from flows.engines import engine, final_state
 from flows.progress import ENDED
-from lambda_hat.settings import Runtime
+from lambda_hat.specs.settings import Runtime
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -15,12 +15,12 @@ from deployed import Terminals, documented, flow_run_id, terminals, wait_for
 from programs import CHECKOUT
 
 from flows.progress import ENDED
-from lambda_hat import artifacts
-from lambda_hat.manifest import diagnosis_address, run_address, target_address
-from lambda_hat.plan import make_plan
-from lambda_hat.run import RunSpec
-from lambda_hat.settings import load_settings
-from lambda_hat.store import Store
+from lambda_hat.llc import artifacts
+from lambda_hat.llc.plan import make_plan
+from lambda_hat.llc.run import RunSpec
+from lambda_hat.specs.settings import load_settings
+from lambda_hat.store.manifest import diagnosis_address, run_address, target_address
+from lambda_hat.store.store import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

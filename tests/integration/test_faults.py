@@ -26,8 +26,8 @@ from places import Place, made, processes
 from programs import wait_for
 from swift import NotInstallable, swift
 
-from lambda_hat.manifest import StoreUnavailable, target_address
-from lambda_hat.store import Store
+from lambda_hat.store.manifest import StoreUnavailable, target_address
+from lambda_hat.store.store import Store
 
 pytestmark = [
     pytest.mark.faults,

@@ -13,13 +13,13 @@ from programs import NUMBERS, wait_for
 from sweeps import prefect_server
 
 from flows.ends import NOT_KEPT, STOPPED
-from lambda_hat import artifacts, report
 from lambda_hat.cli import main
-from lambda_hat.manifest import Address, diagnosis_address, run_address
-from lambda_hat.plan import make_plan
-from lambda_hat.run import RunSpec, labels
-from lambda_hat.settings import load_settings
-from lambda_hat.store import Store
+from lambda_hat.llc import artifacts, summary
+from lambda_hat.llc.plan import make_plan
+from lambda_hat.llc.run import RunSpec, labels
+from lambda_hat.specs.settings import load_settings
+from lambda_hat.store.manifest import Address, diagnosis_address, run_address
+from lambda_hat.store.store import Store
 
 pytestmark = [
     pytest.mark.slow,
@@ -113,7 +113,7 @@ def test_killed_sweeps_end_as_undisturbed_ones(tmp_path, capsys):
                 assert percent >= int(100 * begun[spec]) > 0, "it started anew"
                 resumed += 1
         begun = {spec: share for spec in specs if (share := share_done(killed.store, spec)) > 0.01}
-        plan = report.plan_table(specs, killed.store).splitlines()[2:-1]
+        plan = summary.plan_table(specs, killed.store).splitlines()[2:-1]
         for line, spec in zip(plan, specs, strict=True):
             there = run_address(spec.target_id, spec.run_id) in finished
             to_resume = share_done(killed.store, spec) > 0

@@ -12,13 +12,13 @@ import jax
 import numpy as np
 import pytest
 
-from lambda_hat.policies.decoder import decoder
-from lambda_hat.policies.generate import generate
-from lambda_hat.policies.lora import LoraSpec
-from lambda_hat.policies.pretrained import PretrainedSpec, find, fingerprint, open_pretrained
-from lambda_hat.policies.spec import PolicySpec, RlSpec, WarmStartSpec
-from lambda_hat.policies.tasks import FewShotAdditionTask
-from lambda_hat.policies.train import train_policy
+from lambda_hat.targets.policies.decoder import decoder
+from lambda_hat.targets.policies.generate import generate
+from lambda_hat.targets.policies.lora import LoraSpec
+from lambda_hat.targets.policies.pretrained import PretrainedSpec, find, fingerprint, open_pretrained
+from lambda_hat.targets.policies.spec import PolicySpec, RlSpec, WarmStartSpec
+from lambda_hat.targets.policies.tasks import FewShotAdditionTask
+from lambda_hat.targets.policies.train import train_policy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -22,8 +22,8 @@ from programs import CHECKOUT, NUMBERS, environment
 from swift import NotInstallable, Swift, swift
 
 from lambda_hat.cli import main
-from lambda_hat.manifest import Address, run_address, target_address
-from lambda_hat.store import Store
+from lambda_hat.store.manifest import Address, run_address, target_address
+from lambda_hat.store.store import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -16,10 +16,10 @@ from playwright.sync_api import Page, expect, sync_playwright
 from programs import CHECKOUT
 
 from flows.sweep import sweep
-from lambda_hat.manifest import diagnosis_address
-from lambda_hat.plan import make_plan
-from lambda_hat.settings import load_settings
-from lambda_hat.store import Store
+from lambda_hat.llc.plan import make_plan
+from lambda_hat.specs.settings import load_settings
+from lambda_hat.store.manifest import diagnosis_address
+from lambda_hat.store.store import Store
 
 CHROMIUM = shutil.which("chromium")
 

@@ -12,7 +12,7 @@ from lambda_hat.batch_size.plots.maps import plot_heatmap_batch, plot_heatmap_ga
 from lambda_hat.batch_size.plots.measures import plot_llc, plot_sharpness
 from lambda_hat.batch_size.plots.scaling import plot_coordinate_check, plot_steps_to_target, plot_width_transfer
 from lambda_hat.batch_size.study import Study
-from lambda_hat.plots import draw_chosen
+from lambda_hat.studies.plots import draw_chosen
 
 PLOTS: dict[str, Callable[[Study], Figure | str]] = {
     "heatmap_batch": plot_heatmap_batch,

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from lambda_hat.batch_size.fits import Optimum, Slope, optimum, over_rates
 from lambda_hat.batch_size.study import Group, distinct
-from lambda_hat.plots.style import MAX_COLUMNS, evenly, fence, grid
-from lambda_hat.text import number, with_error
+from lambda_hat.specs.text import number, with_error
+from lambda_hat.studies.style import MAX_COLUMNS, evenly, fence, grid
 
 #: Panels of a figure and lines of a panel that can still be told apart; of more, evenly spaced ones are shown.
 MAX_PANELS, MAX_LINES = 9, 7

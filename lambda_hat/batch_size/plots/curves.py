@@ -27,8 +27,8 @@ from lambda_hat.batch_size.plots.common import (
 from lambda_hat.batch_size.smoothing import smooth, updates_done
 from lambda_hat.batch_size.study import Study, groups, losses
 from lambda_hat.batch_size.trades import WINDOW, smoothed
-from lambda_hat.plots.style import BAND, EXACT, evenly, finish, sequential, title
-from lambda_hat.text import number
+from lambda_hat.specs.text import number
+from lambda_hat.studies.style import BAND, EXACT, evenly, finish, sequential, title
 
 #: Where a curve ends that failed; named in the legend where it is drawn.
 FAILED: dict[str, Any] = {"marker": "x", "markersize": 7, "markeredgewidth": 2, "linestyle": "none", "label": "failed"}

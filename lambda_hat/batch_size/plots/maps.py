@@ -27,7 +27,7 @@ from lambda_hat.batch_size.plots.common import (
     too_few,
 )
 from lambda_hat.batch_size.study import Study, groups
-from lambda_hat.plots.style import COLORS, EXACT, fence, finish, log_axis, title
+from lambda_hat.studies.style import COLORS, EXACT, fence, finish, log_axis, title
 
 #: The share of cells with a trial below which a set of trials is no grid, and is drawn as points.
 FILLED = 0.15

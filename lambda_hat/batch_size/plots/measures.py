@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from lambda_hat.batch_size.plots.common import LABELS, MAX_LINES, loss_label, over_seeds, panels, shown, too_few
 from lambda_hat.batch_size.plots.maps import color_bar, heatmap, log10
 from lambda_hat.batch_size.study import Group, Study, groups
-from lambda_hat.plots.style import BAND, EXACT, evenly, fence, finish, log_axis, sequential, title
-from lambda_hat.trials.spec import TrialSpec
+from lambda_hat.studies.style import BAND, EXACT, evenly, fence, finish, log_axis, sequential, title
+from lambda_hat.targets.trials.spec import TrialSpec
 
 #: Settings shown, a row of two panels each.
 MAX_ROWS = 3

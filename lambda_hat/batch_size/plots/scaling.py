@@ -27,8 +27,8 @@ from lambda_hat.batch_size.plots.common import (
 )
 from lambda_hat.batch_size.study import Study, groups
 from lambda_hat.batch_size.trades import Trade, trades
-from lambda_hat.plots.style import BAND, COLORS, EXACT, MARKERS, color, evenly, finish, log_axis, sequential, title
-from lambda_hat.text import number
+from lambda_hat.specs.text import number
+from lambda_hat.studies.style import BAND, COLORS, EXACT, MARKERS, color, evenly, finish, log_axis, sequential, title
 
 
 def plot_width_transfer(study: Study) -> Figure | str:

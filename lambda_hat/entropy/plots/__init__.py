@@ -12,7 +12,7 @@ from lambda_hat.entropy.plots.changes import plot_covariance, plot_decomposition
 from lambda_hat.entropy.plots.sequences import plot_attribution, plot_features, plot_influence, plot_linearity
 from lambda_hat.entropy.plots.training import plot_exchange, plot_training
 from lambda_hat.entropy.study import EntropyStudy
-from lambda_hat.plots import draw_chosen
+from lambda_hat.studies.plots import draw_chosen
 
 PLOTS: dict[str, Callable[[EntropyStudy], Figure | str]] = {
     "training": plot_training,

@@ -23,7 +23,7 @@ from lambda_hat.entropy.plots.common import (
     views,
 )
 from lambda_hat.entropy.study import EntropyStudy, Measured
-from lambda_hat.plots.style import (
+from lambda_hat.studies.style import (
     BAND,
     COLORS,
     EXACT,

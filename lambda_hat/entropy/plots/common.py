@@ -9,17 +9,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from lambda_hat.entropy.study import (
-    EntropyStudy,
-    Measured,
-    PolicyTraining,
-    differing,
-    measurement_settings,
-    policy_settings,
-)
-from lambda_hat.plots.style import COLORS, EXACT
-from lambda_hat.policies.spec import PolicySpec
-from lambda_hat.text import number
+from lambda_hat.entropy.study import EntropyStudy, Measured, PolicyTraining, differing, measurement_settings, policy_settings
+from lambda_hat.specs.text import number
+from lambda_hat.studies.style import COLORS, EXACT
+from lambda_hat.targets.policies.spec import PolicySpec
 
 #: Panels of a figure and lines of a panel that can still be told apart; of more, evenly spaced ones are shown.
 MAX_PANELS, MAX_LINES = 9, 6

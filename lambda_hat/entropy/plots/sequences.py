@@ -30,8 +30,8 @@ from lambda_hat.entropy.plots.common import (
     views,
 )
 from lambda_hat.entropy.study import EntropyStudy
-from lambda_hat.plots.style import EXACT, Picture, evenly, finish, grid, say_over, title
-from lambda_hat.text import number
+from lambda_hat.specs.text import number
+from lambda_hat.studies.style import EXACT, Picture, evenly, finish, grid, say_over, title
 
 #: Matrices shown, rows of panels by feature, and rows and columns of panels by eta.
 MAX_MATRICES, MAX_ROWS, MAX_ETAS = 4, 3, 4

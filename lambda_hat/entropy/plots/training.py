@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from lambda_hat.entropy.analysis import exchange_fit
 from lambda_hat.entropy.plots.common import MAX_LINES, Policies, by_setting, common
 from lambda_hat.entropy.study import EntropyStudy
-from lambda_hat.plots.style import BAND, EXACT, MARKERS, color, evenly, finish, grid
+from lambda_hat.studies.style import BAND, EXACT, MARKERS, color, evenly, finish, grid
 
 #: Points of a fitted curve.
 NUM_POINTS = 100

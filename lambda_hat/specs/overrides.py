@@ -1,0 +1,185 @@
+"""The grammar of overrides: `key=value`, the same on the command line, in experiments and in deployments.
+
+model.depth=3                 one value: integer, float (1e-5), true/false, none/null, otherwise text
+sampler.step_size=1e-5,1e-6   commas sweep
+target.seed=range(1,4)        Python's range over integers: 1, 2, 3
+eta=2**range(-3,2)            powers: 0.125, 0.25, 0.5, 1, 2; 2**-3 is one value
+target.widths=[5,3,5]         a list is one value; [5,3,5],[10,10] sweeps two lists; [] is an empty one
+data.path="a, b"              quotes, single or double, for text with any of , = [ ] ( ) or spaces, or that looks like a number
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Never, TypeAlias
+
+from lambda_hat.specs.spec import InvalidInput
+
+Value: TypeAlias = "int | float | bool | str | tuple[Value, ...] | None"
+
+#: More values in one sweep are a typing error, and would be made before anything could refuse them.
+MAX_VALUES = 10_000
+
+MAX_DEPTH = 8
+
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+
+_TOKEN = re.compile(
+    r"""\s*(?: (?P<quoted> "[^"]*" | '[^']*' ) | (?P<range> ([^\[\],()='"\s*]+ \s*\*\*\s*)? range\s*\( [^()]* \) )
+    | (?P<mark> [\[\],] ) | (?P<bare> [^\[\],()='"\s]+ ) | (?P<end> \Z ) )\s*""",
+    re.VERBOSE,
+)
+_INTEGER = re.compile(r"[+-]?[0-9]+")
+_FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_POWER = re.compile(r"(?P<base>[^\s*]+)\s*\*\*\s*(?P<exponent>.*)", re.DOTALL)
+_WORDS = {"true": True, "false": False, "none": None, "null": None}
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One override: the key's parts, the values it sweeps (distinct, in order), and the text it was written as."""
+
+    path: tuple[str, ...]
+    values: tuple[Value, ...]
+    text: str
+
+    @property
+    def key(self) -> str:
+        return ".".join(self.path)
+
+
+def parse(text: str) -> Assignment:
+    """Parses `key=value[,value...]`. A value given twice counts once.
+
+    Raises:
+      InvalidInput: the text is not of the grammar.
+    """
+    key, equals, right = text.partition("=")
+    path = tuple(part.strip() for part in key.split("."))
+    if not equals:
+        _refuse(text, "an override is key=value; this has no '='", "Write for example model.depth=3.")
+    if not all(NAME.fullmatch(part) for part in path):
+        _refuse(
+            text,
+            f"a key is names joined by dots, each of letters, digits, _ and -; got {key!r}",
+            "Write for example sampler.num_chains=4.",
+        )
+    tokens = _tokens(text, right)
+    # 1, 1.0 and True are equal in Python but not the same value of a field.
+    values = tuple({repr(value): value for value in _items(text, tokens, "end", 0)}.values())
+    return Assignment(path, values, text)
+
+
+def parse_sweep(texts: Iterable[str]) -> dict[tuple[str, ...], Assignment]:
+    """The assignments of one sweep by the path of their key.
+
+    Raises:
+      InvalidInput: a text is not of the grammar, or a key is given twice.
+    """
+    sweep: dict[tuple[str, ...], Assignment] = {}
+    for assignment in map(parse, texts):
+        if (first := sweep.setdefault(assignment.path, assignment)) is not assignment:
+            _refuse(assignment.text, f"a sweep sets a key once; {first.text!r} sets it too", "Join the values with commas.")
+    return sweep
+
+
+def _refuse(text: str, rule: str, remedy: str) -> Never:
+    raise InvalidInput(f"Override {text!r}: {rule}. {remedy}")
+
+
+def _tokens(text: str, right: str) -> Iterator[tuple[str, str]]:
+    """(kind, content) of each token; the last is ("end", "")."""
+    position = 0
+    while True:
+        match = _TOKEN.match(right, position)
+        if match is None or match.lastgroup is None:
+            _refuse(
+                text, f"{right[position:].strip()!r} is no value", "Check brackets and quotes; quote text with , = ( ) [ ]."
+            )
+        kind, position = match.lastgroup, match.end()
+        yield kind, match[kind]
+        if kind == "end":
+            return
+
+
+def _items(text: str, tokens: Iterator[tuple[str, str]], closing: str, depth: int) -> list[Value]:
+    """The comma-separated items up to `closing` ("]" or "end")."""
+    items: list[Value] = []
+    while True:
+        kind, content = next(tokens)
+        if closing == content and not items:
+            return items
+        if kind == "range":
+            if depth:
+                _refuse(text, "range(...) sweeps, so it cannot stand in a list", "Write the numbers of the list out.")
+            items.extend(_range(text, content))
+        elif kind == "quoted":
+            items.append(content[1:-1])
+        elif kind == "bare":
+            items.append(_scalar(text, content))
+        elif content == "[":
+            if depth == MAX_DEPTH:
+                _refuse(text, f"lists nest at most {MAX_DEPTH} deep", "Check the brackets.")
+            items.append(tuple(_items(text, tokens, "]", depth + 1)))
+        else:
+            _refuse(text, "an item is empty", "Give a value after '=', and between commas; [] is an empty list.")
+        if len(items) > MAX_VALUES:
+            _refuse(text, f"a sweep has at most {MAX_VALUES} values", "Sweep fewer.")
+        kind, content = next(tokens)
+        if closing in (kind, content):
+            return items
+        if content != ",":
+            got = "the end" if kind == "end" else repr(content)
+            _refuse(text, f"a comma or {closing!r} must follow an item; got {got}", "Check commas, brackets and quotes.")
+
+
+def _range(text: str, content: str) -> Iterable[Value]:
+    power = _POWER.fullmatch(content)
+    values = _integers(text, content if power is None else power["exponent"])
+    return values if power is None else [_power(text, power["base"], exponent) for exponent in values]
+
+
+def _power(text: str, base: str, exponent: int) -> Value:
+    """base ** exponent; an integer where it is one."""
+    if not _FLOAT.fullmatch(base) or float(base) <= 0 or not abs(exponent * math.log10(float(base))) < 300:
+        _refuse(
+            text,
+            f"a power is of a positive number, and has at most 300 digits; got {base}**{exponent}",
+            "Write for example 2**range(-3,2).",
+        )
+    return (int(base) if _INTEGER.fullmatch(base) else float(base)) ** exponent
+
+
+def _integers(text: str, content: str) -> range:
+    content = content.strip().removeprefix("range").strip()[1:-1]
+    numbers = [part.strip() for part in content.split(",")]
+    if len(numbers) not in (2, 3) or not all(_INTEGER.fullmatch(number) and len(number) < 20 for number in numbers):
+        _refuse(
+            text, f"range takes two or three integers; got range({content})", "Write range(first,end) or range(first,end,step)."
+        )
+    start, stop, step = [int(number) for number in numbers] + [1] * (3 - len(numbers))
+    if step == 0:
+        _refuse(text, f"the step of a range must not be 0; got range({content})", "Leave it out for 1.")
+    values = range(start, stop, step)
+    if not values:
+        _refuse(text, f"range({content}) is empty", "The end is exclusive: range(1,4) is 1, 2, 3.")
+    # len() of a range beyond the machine's integers is an error.
+    if (stop - start) // step > MAX_VALUES:
+        _refuse(text, f"a sweep has at most {MAX_VALUES} values; got range({content})", "Sweep fewer.")
+    return values
+
+
+def _scalar(text: str, content: str) -> Value:
+    if content.lower() in _WORDS:
+        return _WORDS[content.lower()]
+    if (power := _POWER.fullmatch(content)) and _INTEGER.fullmatch(power["exponent"]) and len(power["exponent"]) < 20:
+        return _power(text, power["base"], int(power["exponent"]))
+    if _INTEGER.fullmatch(content):
+        # Python refuses to read integers of thousands of digits; no field holds more than these.
+        if len(content) > 300:
+            _refuse(text, "a number has at most 300 digits", "Shorten it.")
+        return int(content)
+    return float(content) if _FLOAT.fullmatch(content) else content
