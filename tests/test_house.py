@@ -10,50 +10,71 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+LIBRARY = ROOT / "lambda_hat"
 
-# From the foundation up. A folder stands for all files in it, which may import one another's bases.
-ROOMS = [
-    "spec", "text", "overrides", "settings", "arrays", "manifest", "storage", "store", "chunks", "random",
-    "theory", "target", "data", "networks", "training", "trials", "policies",
-    "selection", "full_data", "metric", "posterior", "user_arrays", "loss_checks", "wrap",
-    "targets", "samplers",
-    "run", "plan", "trace", "program", "sampling", "llc", "observables", "remedies", "diagnostics", "plots",
-    "api", "html", "artifacts", "preflight", "gallery", "report", "study_views", "batch_size", "entropy", "runtime", "cli",
-]  # fmt: skip
+# From the foundation up: a file imports from folders above its own in this list, and from its own without circles.
+FOLDERS = ["specs", "store", "compute", "targets", "samplers", "studies", "llc", "batch_size", "entropy"]
+# Side by side: none imports another, but that each may sample its networks through the doors of the first.
+WINGS = ["llc", "batch_size", "entropy"]
+DOORS = {"lambda_hat.llc.artifacts", "lambda_hat.llc.plan", "lambda_hat.llc.run"}
+# What stands beside the folders.
+AT_THE_ROOT = {"__init__", "cli"}
+
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in LIBRARY.rglob("*.py")
+}
 
 
 def _imports(path: Path) -> set[str]:
-    """Modules a file names, at any depth of its code."""
+    """Modules a file names, at any depth of its code, but for types alone."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    nodes: list[ast.AST] = [ast.parse(path.read_text())]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        nodes += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (names & FILES.keys()) or {str(node.module)}
     return found
 
 
-def _room(module: str) -> str | None:
-    parts = module.split(".")
-    return parts[1] if parts[0] == "lambda_hat" and len(parts) > 1 and parts[1] in ROOMS else None
+IMPORTS = {module: _imports(path) for module, path in FILES.items()}
 
 
-FILES = sorted((ROOT / "lambda_hat").rglob("*.py"))
+def _folder(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
 
 
-def test_every_file_is_a_room():
-    assert {path.relative_to(ROOT / "lambda_hat").parts[0].removesuffix(".py") for path in FILES} == {*ROOMS, "__init__"}
+def test_every_file_is_in_a_folder():
+    assert {path.name for path in LIBRARY.iterdir() if path.is_dir() and path.name != "__pycache__"} == set(FOLDERS)
+    assert {path.stem for path in LIBRARY.glob("*.py")} == AT_THE_ROOT
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_import_direction(path):
-    room = path.relative_to(ROOT / "lambda_hat").parts[0].removesuffix(".py")
-    below = ROOMS[ROOMS.index(room) :] if room in ROOMS else []
-    for module in _imports(path):
-        assert module.split(".")[0] not in ("prefect", "flows"), f"{path.name} imports {module}"
-        other = _room(module)
-        assert other is None or other == room or other not in below, f"{room} is above {other} and may not import it"
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_import_direction(module):
+    folder = _folder(module)
+    for other in IMPORTS[module]:
+        assert other.split(".")[0] not in ("prefect", "flows"), f"{module} imports {other}"
+        if folder in FOLDERS and other in FILES and _folder(other) in FOLDERS:
+            assert FOLDERS.index(_folder(other)) <= FOLDERS.index(folder), f"{folder} is above {other} and may not import it"
+            beside = folder in WINGS and _folder(other) in WINGS and folder != _folder(other)
+            assert not beside or other in DOORS, f"{module} imports {other}, of another wing and none of its doors"
+
+
+def test_no_circles():
+    def reached(module: str, seen: set[str]) -> set[str]:
+        for other in IMPORTS.get(module, ()):
+            if other in FILES and other not in seen and other != "lambda_hat":
+                seen.add(other)
+                reached(other, seen)
+        return seen
+
+    assert [module for module in FILES if module in reached(module, set())] == []
 
 
 def test_flows_hold_no_mathematics():

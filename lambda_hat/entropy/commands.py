@@ -62,7 +62,7 @@ def _entropy(store: Store, options: argparse.Namespace) -> int:
 def _table(store: Store, address: Address, options: argparse.Namespace) -> None:
     import pandas as pd
 
-    from lambda_hat.batch_size.study import rows_where
+    from lambda_hat.studies.conditions import rows_where
 
     table = rows_where(pd.read_parquet(io.BytesIO(store.read(address, "results.parquet"))), options.where)
     if not len(table):

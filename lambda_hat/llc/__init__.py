@@ -1,1 +1,1 @@
-""""""
+"""The first wing: local learning coefficients of targets, by many samplers."""

@@ -1,1 +1,1 @@
-""""""
+"""What every wing does: tables, plots, pages, commands."""

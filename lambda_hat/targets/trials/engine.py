@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,13 @@ import numpy as np
 from lambda_hat.compute.chunks import Pace, Progress, no_progress, num_cores, run_in_chunks
 from lambda_hat.specs.spec import InvalidInput
 from lambda_hat.targets.target import Params, Save, Unfinished, num_params
+from lambda_hat.targets.trials.loss import sample_losses
 from lambda_hat.targets.trials.network import init_params, to_weights
 from lambda_hat.targets.trials.program import Data, Lanes, Length, Program, State, make_program, program_key
-from lambda_hat.targets.trials.spec import TrialSpec, sample_losses
 from lambda_hat.targets.trials.task import SyntheticTask, TaskData
+
+if TYPE_CHECKING:
+    from lambda_hat.targets.trials.spec import TrialSpec
 
 #: Bytes of the weights that are trained together on a core of a CPU; many more would not stay in its caches.
 CACHE_BYTES = 2**22

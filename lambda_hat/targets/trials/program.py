@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,12 @@ import optax
 
 from lambda_hat.compute import random
 from lambda_hat.compute.chunks import Compiled
+from lambda_hat.targets.trials.loss import sample_losses
 from lambda_hat.targets.trials.network import upper_layers
-from lambda_hat.targets.trials.spec import TrialSpec, sample_losses
 from lambda_hat.targets.trials.task import SyntheticTask
+
+if TYPE_CHECKING:
+    from lambda_hat.targets.trials.spec import TrialSpec
 
 #: Samples of a block of steps whose first layer is updated together, at most; so many or one step.
 BLOCK_SAMPLES = 64

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from typing import Literal, Self
 
-import jax
-import jax.numpy as jnp
 from pydantic import Field, model_validator
 
 from lambda_hat.compute.chunks import Progress, no_progress
-from lambda_hat.targets.target import Dataset, Objective, Params, Save, Shapes, Target, TargetSpec, Unfinished, shaped
-from lambda_hat.targets.trials.network import Parameterization, forward, output_scale
+from lambda_hat.targets.target import Objective, Save, Shapes, Target, TargetSpec, Unfinished, shaped
+from lambda_hat.targets.trials.loss import Loss, centred_loss
+from lambda_hat.targets.trials.network import Parameterization, output_scale
 from lambda_hat.targets.trials.task import AnyTask, ImagesTask
-
-Loss = Literal["mse", "cross_entropy"]
 
 #: Steps are counted in 32 bits.
 MAX_STEPS = 2**30
@@ -160,22 +156,3 @@ class TrialSpec(TargetSpec):
 
     def objective(self) -> Objective:
         return centred_loss(self.loss)
-
-
-def sample_losses(loss: Loss, prediction: jax.Array, y: jax.Array, axis: int) -> jax.Array:
-    """The loss of each sample, of centred predictions and y with the outputs along `axis`; see `TrialSpec`."""
-    if loss == "mse":
-        return jnp.mean(jnp.square(prediction - y), axis)
-    return jax.nn.logsumexp(prediction, axis) - jnp.sum(y * prediction, axis)
-
-
-@functools.cache
-def centred_loss(loss: Loss) -> Objective:
-    """The loss of samples x, y, f0, the prediction at theta_0, with the constant `scale` of the network's output."""
-
-    def per_sample_loss(params: Params, dataset: Dataset) -> jax.Array:
-        samples = dataset.samples
-        prediction = dataset.constants["scale"] * forward(params, samples["x"]) - samples["f0"]
-        return sample_losses(loss, prediction, samples["y"], axis=1)
-
-    return Objective(per_sample_loss)
