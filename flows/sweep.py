@@ -115,8 +115,8 @@ def main() -> int:
     arguments = (given.experiment, given.overrides, given.from_run)
     command = Command(
         sweep, plan=lambda settings, store, _: _plan(settings, store, *arguments), listing=describe,
-        name=lambda specs: f"{len(specs)} runs of {len({spec.target_id for spec in specs})} targets", preview=summary.plan_table,
-        arguments=lambda _: arguments, show=_shown,
+        name=lambda specs: f"{len(specs)} runs of {len({spec.target_id for spec in specs})} targets",
+        preview=summary.plan_table, arguments=lambda _: arguments, show=_shown,
     )  # fmt: skip
     return command_line(command, given, Stop())
 

@@ -95,7 +95,7 @@ class Diagnosis(Estimate):
     true_llc: exact value as a number, true_llc_text: as a fraction. relative_error: (llc - true_llc) / true_llc.
     nbeta_sensitivity: d log(llc) / d log(nbeta), 0 where the loss and 1 where localisation shapes the posterior.
     full_llc: the llc from losses on all the data, where a minibatch sampler evaluated them.
-    wbic, free_energy: in nats, of the localised model (`lambda_hat.llc.observables`); no free energy where the temperature jumped.
+    wbic, free_energy: in nats, of the localised model (`llc.observables`); no free energy where the temperature jumped.
     singular_fluctuation: nu, dimensionless.
     llc_by_dataset: of each observable that was followed.
     pareto_k: k-hat of a variational approximation's importance weights, the worst chain's (Vehtari et al. 2024).

@@ -1,4 +1,4 @@
-"""Engines: settings to task runner, and what is refused before any work. tests/flows/test_sweep.py and tests/integration run them."""
+"""Engines: settings to task runner, and what is refused before any work. test_sweep.py and tests/integration run them."""
 
 import gc
 import signal

@@ -734,5 +734,7 @@ def test_pickled_arrays_are_not_loaded(tmp_path):
 
 
 def test_the_store_imports_no_heavy_package():
-    script = "import lambda_hat.store.store, sys; print([name for name in ('jax', 'pandas', 'prefect', 's3fs') if name in sys.modules])"
+    script = (
+        "import lambda_hat.store, sys; print([name for name in ('jax', 'pandas', 'prefect', 's3fs') if name in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip() == "[]"
