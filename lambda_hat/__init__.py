@@ -45,7 +45,7 @@ class _PublicModules(MetaPathFinder, Loader):
         module.__spec__ = module.__spec__.loader_state  # it has been executed under its own
 
 
-sys.meta_path.append(_PublicModules())
+sys.meta_path.insert(0, _PublicModules())  # before a package under its public name finds its files a second time
 
 
 def __getattr__(name: str) -> Any:
