@@ -170,7 +170,7 @@ def load_settings(path: str | Path | None = None) -> Settings:
 
 def _find(path: str | Path | None) -> Path:
     named = path or os.environ.get(ENV_FILE)
-    places = [Path(named).expanduser()] if named else [Path("settings.toml"), Path(__file__).parents[1] / "settings.toml"]
+    places = [Path(named).expanduser()] if named else [Path("settings.toml"), Path(__file__).parents[2] / "settings.toml"]
     for place in places:
         if place.is_file():
             return place
