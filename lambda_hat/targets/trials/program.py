@@ -101,127 +101,60 @@ class Program(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def make_program(spec: TrialSpec) -> Program:
     """Of trials of this shape; all numbers are traced."""
-    batch = spec.batch_size
     deferred = spec.optimizer == "sgd" and spec.momentum == 0
-    block_steps = max(1, BLOCK_SAMPLES // batch) if deferred else 1
-    block_samples = block_steps * batch
+    block_steps = max(1, BLOCK_SAMPLES // spec.batch_size) if deferred else 1
     if deferred:
         optimizer = optax.identity()
+    elif spec.optimizer == "sgd":
+        optimizer = optax.trace(spec.momentum)
     else:
-        optimizer = (
-            optax.trace(spec.momentum) if spec.optimizer == "sgd" else optax.scale_by_adam(spec.beta1, spec.beta2, ADAM_EPS)
-        )
-    task = spec.task
+        optimizer = optax.scale_by_adam(spec.beta1, spec.beta2, ADAM_EPS)
+    trials = _Trials(spec, optimizer, deferred, block_steps)
+    return Program(
+        block_steps, block_steps * spec.batch_size, jax.jit(trials.init, static_argnums=1), jax.jit(trials.raw),
+        Compiled(jax.jit(trials.evaluate)), Compiled(jax.jit(trials.advance, donate_argnums=0)),
+    )  # fmt: skip
 
-    def network(weights: Sequence[jax.Array], x: jax.Array) -> list[jax.Array]:
-        """Outputs of the layers, (seed, lane, units, B), of x / sqrt(D), (B, D)."""
-        z = jnp.einsum("scnd,bd->scnb", weights[0], x)
-        return jax.vmap(jax.vmap(upper_layers))(list(weights[1:]), z)
 
-    @functools.partial(jax.jit, static_argnums=1)
-    def init(lanes: Lanes, num_points: int) -> State:
+class _Trials(NamedTuple):
+    """Trials of one shape, as functions to be compiled. deferred: whether the first layer is updated once for a block."""
+
+    spec: TrialSpec
+    optimizer: optax.GradientTransformation
+    deferred: bool
+    block_steps: int
+
+    def init(self, lanes: Lanes, num_points: int) -> State:
         seeds, width = lanes.scale.shape
         weights = tuple(jnp.repeat(weight, width, axis=1) for weight in lanes.initial)
         curve = jnp.zeros((seeds, width, num_points), lanes.scale.dtype)
-        return State(weights, optimizer.init(weights), curve, jnp.zeros((seeds, width), jnp.int32))
+        return State(weights, self.optimizer.init(weights), curve, jnp.zeros((seeds, width), jnp.int32))
 
-    @jax.jit
-    def raw(initial: tuple[jax.Array, ...], x: jax.Array) -> jax.Array:
+    def raw(self, initial: tuple[jax.Array, ...], x: jax.Array) -> jax.Array:
         """Raw outputs at theta_0, (seed, B, out)."""
-        return jnp.swapaxes(network(initial, x)[-1][:, 0], -1, -2)
+        return jnp.swapaxes(self._network(initial, x)[-1][:, 0], -1, -2)
 
-    @jax.jit
-    def evaluate(weights: tuple[jax.Array, ...], lanes: Lanes, x: jax.Array, y: jax.Array, counts: jax.Array) -> dict[str, Any]:
+    def evaluate(
+        self, weights: tuple[jax.Array, ...], lanes: Lanes, x: jax.Array, y: jax.Array, counts: jax.Array
+    ) -> dict[str, Any]:
         """Sums over the samples that count, (seed, lane); `alive` of those for which some unit of the last hidden layer is on,
         `change` of the layers' mean squares, (seed, lane, layer)."""
-        outputs = network(weights, x)
-        changes = [now - before for now, before in zip(outputs, network(lanes.initial, x), strict=True)]
+        outputs = self._network(weights, x)
+        changes = [now - before for now, before in zip(outputs, self._network(lanes.initial, x), strict=True)]
         changes[-1] = changes[-1] * lanes.scale[..., None, None]
         labels = y.T[None, None]
         sums = {
-            "loss": sample_losses(spec.loss, changes[-1], labels, axis=2) @ counts,
+            "loss": sample_losses(self.spec.loss, changes[-1], labels, axis=2) @ counts,
             "alive": jnp.any(outputs[-2] > 0, axis=2).astype(x.dtype) @ counts,
             "change": jnp.stack([jnp.mean(jnp.square(change), 2) @ counts for change in changes], -1),
         }
-        if task.kind == "images":
+        if self.spec.task.kind == "images":
             right = jnp.argmax(changes[-1], axis=2) == jnp.argmax(labels, axis=2)
             sums["accuracy"] = right.astype(x.dtype) @ counts
         return sums
 
-    def mean_loss(upper: list[jax.Array], z: jax.Array, y: jax.Array, before: jax.Array, scale: jax.Array) -> jax.Array:
-        """Of one trial and minibatch: z, (N, B), of the first layer; y and the raw output at theta_0, (out, B)."""
-        prediction = scale * (upper_layers(upper, z)[-1] - before)
-        return jnp.mean(sample_losses(spec.loss, prediction, y, axis=0))
-
-    gradients_of_lanes = jax.vmap(jax.value_and_grad(mean_loss, (0, 1)), (0, 0, None, None, 0))
-    gradients = jax.vmap(gradients_of_lanes)
-
-    def samples(lanes: Lanes, data: Data, indices: jax.Array, position: jax.Array, first: jax.Array) -> tuple[jax.Array, ...]:
-        """x / sqrt(D), (seed, samples, D), y and the raw output at theta_0, (seed, out, samples), of a block."""
-        if not task.fresh:
-            own = jax.lax.dynamic_index_in_dim(indices, position, 1, keepdims=False)
-            known: dict[str, Any] = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
-            x, y = data.x.at[own].get(**known), data.y.at[own].get(**known)
-            before = jax.vmap(lambda raw, own: raw.at[own].get(**known))(data.raw, own)
-            return x, jnp.swapaxes(y, 1, 2), jnp.swapaxes(before, 1, 2)
-        assert isinstance(task, SyntheticTask)
-        steps = first + jnp.arange(block_steps, dtype=first.dtype)
-        x = jax.vmap(lambda seed: fresh_inputs(data.key, seed, steps, batch, task.input_dim, lanes.scale.dtype))(lanes.seed)
-        y = jax.vmap(lambda x: task.label(data.teacher, x).T)(x)
-        x = x / math.sqrt(task.input_dim)
-        before = jax.vmap(lambda weights, x: network([w[None] for w in weights], x)[-1][0, 0])(lanes.initial, x)
-        return x, y, before
-
-    def record(state: State, losses: jax.Array, step: jax.Array, length: Length) -> State:
-        """Adds the losses of a step, counted from 1, to their point's mean."""
-        point = jnp.sum(length.points < step, dtype=jnp.int32)
-        since = jnp.where(point > 0, length.points[point - 1], 0)
-        curve = state.curve.at[..., point].add(losses / (length.points[point] - since).astype(losses.dtype))
-        diverged = jnp.where((state.diverged == 0) & ~jnp.isfinite(losses), step, state.diverged)
-        return state._replace(curve=curve, diverged=diverged)
-
-    def of_lane(numbers: jax.Array) -> jax.Array:
-        return numbers[..., None, None]
-
-    def block(
-        state: State, lanes: Lanes, data: Data, indices: jax.Array, length: Length, position: jax.Array, number: jax.Array
-    ) -> State:
-        """The block `number`, of at most block_steps steps."""
-        first = number * block_steps
-        x, y, before = samples(lanes, data, indices, position, first)
-        z = jnp.einsum("scnd,sbd->scnb", state.weights[0], x)
-        if not deferred:
-            losses, (upper, dz) = gradients(list(state.weights[1:]), z, y, before, lanes.scale)
-            gradient = (jnp.einsum("scnb,sbd->scnd", dz, x), *upper)
-            updates, optimizer_state = optimizer.update(gradient, state.optimizer)
-            weights = tuple(
-                w - of_lane(rate) * update for w, rate, update in zip(state.weights, lanes.rates, updates, strict=True)
-            )
-            return record(state._replace(weights=weights, optimizer=optimizer_state), losses, first + 1, length)
-        gram = jnp.einsum("sad,sbd->sab", x, x) if block_steps > 1 else None
-
-        def step(k: jax.Array, carry: tuple) -> tuple:
-            # moves: -rate dL/dz of the block's samples, 0 of those to come, (seed, lane, N, samples).
-            state, upper, moves = carry
-            own = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=k * batch, slice_size=batch, axis=-1)
-            own_z = own(z)
-            if gram is not None:
-                own_z = own_z + jnp.einsum("scna,sab->scnb", moves, own(gram))
-            losses, (gradient, dz) = gradients(upper, own_z, own(y), own(before), lanes.scale)
-            upper = [w - of_lane(rate) * g for w, rate, g in zip(upper, lanes.rates[1:], gradient, strict=True)]
-            moves = jax.lax.dynamic_update_slice_in_dim(moves, -of_lane(lanes.rates[0]) * dz, k * batch, axis=-1)
-            return record(state, losses, first + k + 1, length), upper, moves
-
-        carry = (state, list(state.weights[1:]), jnp.zeros_like(z))
-        if block_steps == 1:
-            state, upper, moves = step(jnp.int32(0), carry)
-        else:
-            state, upper, moves = jax.lax.fori_loop(0, jnp.minimum(block_steps, length.total - first), step, carry)
-        return state._replace(weights=(state.weights[0] + jnp.einsum("scnb,sbd->scnd", moves, x), *upper))
-
-    @functools.partial(jax.jit, donate_argnums=0)
     def advance(
-        state: State, lanes: Lanes, data: Data, indices: jax.Array, length: Length, first: jax.Array, count: jax.Array
+        self, state: State, lanes: Lanes, data: Data, indices: jax.Array, length: Length, first: jax.Array, count: jax.Array
     ) -> State:
         """Blocks `first` to `first + count`, until all trials have diverged."""
 
@@ -231,11 +164,103 @@ def make_program(spec: TrialSpec) -> Program:
 
         def body(carry: tuple) -> tuple:
             position, state = carry
-            return position + 1, block(state, lanes, data, indices, length, position, first + position)
+            return position + 1, self._block(state, lanes, data, indices, length, position, first + position)
 
         return jax.lax.while_loop(goes_on, body, (jnp.zeros_like(count), state))[1]
 
-    return Program(block_steps, block_samples, init, raw, Compiled(evaluate), Compiled(advance))
+    def _block(
+        self, state: State, lanes: Lanes, data: Data, indices: jax.Array, length: Length, position: jax.Array, number: jax.Array
+    ) -> State:
+        """The block `number`, of at most block_steps steps."""
+        first = number * self.block_steps
+        x, y, before = self._samples(lanes, data, indices, position, first)
+        z = jnp.einsum("scnd,sbd->scnb", state.weights[0], x)
+        if self.deferred:
+            return self._deferred(state, lanes, length, first, x, y, before, z)
+        losses, (upper, dz) = self._gradients(list(state.weights[1:]), z, y, before, lanes.scale)
+        gradient = (jnp.einsum("scnb,sbd->scnd", dz, x), *upper)
+        updates, optimizer_state = self.optimizer.update(gradient, state.optimizer)
+        weights = tuple(
+            w - _of_lane(rate) * update for w, rate, update in zip(state.weights, lanes.rates, updates, strict=True)
+        )
+        return _record(state._replace(weights=weights, optimizer=optimizer_state), losses, first + 1, length)
+
+    def _deferred(
+        self, state: State, lanes: Lanes, length: Length, first: jax.Array, x: jax.Array, y: jax.Array, before: jax.Array,
+        z: jax.Array,
+    ) -> State:  # fmt: skip
+        """The steps from `first` on of a block whose first layer, with the outputs z at its start, is updated at its end."""
+        batch = self.spec.batch_size
+        gram = jnp.einsum("sad,sbd->sab", x, x) if self.block_steps > 1 else None
+
+        def step(k: jax.Array, carry: tuple) -> tuple:
+            # moves: -rate dL/dz of the block's samples, 0 of those to come, (seed, lane, N, samples).
+            state, upper, moves = carry
+            own = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=k * batch, slice_size=batch, axis=-1)
+            own_z = own(z)
+            if gram is not None:
+                own_z = own_z + jnp.einsum("scna,sab->scnb", moves, own(gram))
+            losses, (gradient, dz) = self._gradients(upper, own_z, own(y), own(before), lanes.scale)
+            upper = [w - _of_lane(rate) * g for w, rate, g in zip(upper, lanes.rates[1:], gradient, strict=True)]
+            moves = jax.lax.dynamic_update_slice_in_dim(moves, -_of_lane(lanes.rates[0]) * dz, k * batch, axis=-1)
+            return _record(state, losses, first + k + 1, length), upper, moves
+
+        carry = (state, list(state.weights[1:]), jnp.zeros_like(z))
+        if self.block_steps == 1:
+            state, upper, moves = step(jnp.int32(0), carry)
+        else:
+            state, upper, moves = jax.lax.fori_loop(0, jnp.minimum(self.block_steps, length.total - first), step, carry)
+        return state._replace(weights=(state.weights[0] + jnp.einsum("scnb,sbd->scnd", moves, x), *upper))
+
+    def _samples(
+        self, lanes: Lanes, data: Data, indices: jax.Array, position: jax.Array, first: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        """x / sqrt(D), (seed, samples, D), y and the raw output at theta_0, (seed, out, samples), of a block."""
+        if not self.spec.task.fresh:
+            own = jax.lax.dynamic_index_in_dim(indices, position, 1, keepdims=False)
+            known: dict[str, Any] = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
+            x, y = data.x.at[own].get(**known), data.y.at[own].get(**known)
+            before = jax.vmap(lambda raw, own: raw.at[own].get(**known))(data.raw, own)
+            return x, jnp.swapaxes(y, 1, 2), jnp.swapaxes(before, 1, 2)
+        task, batch = self.spec.task, self.spec.batch_size
+        assert isinstance(task, SyntheticTask)
+        steps = first + jnp.arange(self.block_steps, dtype=first.dtype)
+        x = jax.vmap(lambda seed: fresh_inputs(data.key, seed, steps, batch, task.input_dim, lanes.scale.dtype))(lanes.seed)
+        y = jax.vmap(lambda x: task.label(data.teacher, x).T)(x)
+        x = x / math.sqrt(task.input_dim)
+        before = jax.vmap(lambda weights, x: self._network([w[None] for w in weights], x)[-1][0, 0])(lanes.initial, x)
+        return x, y, before
+
+    def _network(self, weights: Sequence[jax.Array], x: jax.Array) -> list[jax.Array]:
+        """Outputs of the layers, (seed, lane, units, B), of x / sqrt(D), (B, D)."""
+        z = jnp.einsum("scnd,bd->scnb", weights[0], x)
+        return jax.vmap(jax.vmap(upper_layers))(list(weights[1:]), z)
+
+    def _mean_loss(self, upper: list[jax.Array], z: jax.Array, y: jax.Array, before: jax.Array, scale: jax.Array) -> jax.Array:
+        """Of one trial and minibatch: z, (N, B), of the first layer; y and the raw output at theta_0, (out, B)."""
+        prediction = scale * (upper_layers(upper, z)[-1] - before)
+        return jnp.mean(sample_losses(self.spec.loss, prediction, y, axis=0))
+
+    def _gradients(
+        self, upper: list[jax.Array], z: jax.Array, y: jax.Array, before: jax.Array, scale: jax.Array
+    ) -> tuple[jax.Array, tuple[list[jax.Array], jax.Array]]:
+        """Losses, (seed, lane), and their gradients in the upper layers' weights and in z; y and before are of each seed."""
+        of_lanes = jax.vmap(jax.value_and_grad(self._mean_loss, (0, 1)), (0, 0, None, None, 0))
+        return jax.vmap(of_lanes)(upper, z, y, before, scale)
+
+
+def _record(state: State, losses: jax.Array, step: jax.Array, length: Length) -> State:
+    """Adds the losses of a step, counted from 1, to their point's mean."""
+    point = jnp.sum(length.points < step, dtype=jnp.int32)
+    since = jnp.where(point > 0, length.points[point - 1], 0)
+    curve = state.curve.at[..., point].add(losses / (length.points[point] - since).astype(losses.dtype))
+    diverged = jnp.where((state.diverged == 0) & ~jnp.isfinite(losses), step, state.diverged)
+    return state._replace(curve=curve, diverged=diverged)
+
+
+def _of_lane(numbers: jax.Array) -> jax.Array:
+    """Numbers of lanes in a form that multiplies weights."""
+    return numbers[..., None, None]
 
 
 def fresh_inputs(task_seed: Any, seed: Any, steps: jax.Array, size: int, dim: int, dtype: Any) -> jax.Array:
