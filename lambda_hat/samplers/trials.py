@@ -126,26 +126,109 @@ def with_trials(
     """
     from blackjax.adaptation.step_size import dual_averaging_adaptation  # starts JAX's backend, which the settings choose
 
-    dual_init, dual_update, dual_final = dual_averaging_adaptation(TARGET_ACCEPTANCE)
-    restart, end = num_search_steps // 4, num_search_steps // 2
+    dual = _DualAveraging(*dual_averaging_adaptation(TARGET_ACCEPTANCE))
+    watched = _Watched(sampler, minibatch, num_search_steps, scale, adapt, heat, shorter, dual)
+    extras = ("step_size", "noise_excess", *sampler.extras)
+    return Sampler(watched.init, watched.step, extras, (num_search_steps, _shortest) if watched.end else None)
 
-    def init(rng_key: jax.Array, position: jax.Array, posterior: Posterior, numbers: dict) -> State:
+
+class _DualAveraging(NamedTuple):
+    """BlackJAX's search for a step size."""
+
+    init: Callable[..., Any]
+    update: Callable[..., Any]
+    final: Callable[..., Any]
+
+
+class _Watched(NamedTuple):
+    """A sampler watched by trials: the arguments of `with_trials`, and the search's steps `restart` and `end`."""
+
+    sampler: Sampler
+    minibatch: Minibatch
+    num_search_steps: int
+    scale: Callable[[Any, dict, jax.Array], jax.Array | float]
+    adapt: Callable[[Any, jax.Array, dict, jax.Array], Any]
+    heat: Callable[[dict], jax.Array | float]
+    shorter: Callable[[dict], jax.Array | float]
+    dual: _DualAveraging
+
+    @property
+    def restart(self) -> int:
+        return self.num_search_steps // 4
+
+    @property
+    def end(self) -> int:
+        return self.num_search_steps // 2
+
+    def init(self, rng_key: jax.Array, position: jax.Array, posterior: Posterior, numbers: dict) -> State:
         first = (FIRST_STEP / posterior.nbeta).astype(position.dtype)
         step_size = numbers.get("step_size", first)
-        inner = sampler.init(rng_key, position, posterior, numbers | {"step_size": step_size})
+        inner = self.sampler.init(rng_key, position, posterior, numbers | {"step_size": step_size})
         zero = jnp.zeros((), position.dtype)
-        return State(inner, step_size, zero + 1, zero, zero, zero, zero, dual_init(step_size) if end else ())
+        return State(inner, step_size, zero + 1, zero, zero, zero, zero, self.dual.init(step_size) if self.end else ())
 
-    def longest(state: State) -> jax.Array:
-        """The step at which the noise of minibatches raises the llc by `MAX_EXCESS` of it, or that of `MAX_STIFFNESS`."""
-        quiet = jnp.where((state.llc > 0) & (state.noise > 0), MAX_EXCESS * state.llc / state.noise, jnp.inf)
-        return jnp.minimum(quiet, jnp.where(state.steepest > 0, MAX_STIFFNESS / state.steepest, jnp.inf))
+    def step(
+        self, rng_key: jax.Array, state: State, posterior: Posterior, numbers: dict, index: jax.Array
+    ) -> tuple[State, Info]:
+        if not self.end:
+            return self._run(rng_key, state, posterior, numbers, index)
+        return jax.lax.cond(
+            index < self.end,
+            lambda: self._search(rng_key, state, posterior, numbers, index),
+            lambda: self._run(rng_key, state, posterior, numbers, index),
+        )
 
-    def averaged(
-        state: State, trial: Trial, step_size: jax.Array, posterior: Posterior, numbers: dict, weight: jax.Array
+    def _search(
+        self, rng_key: jax.Array, state: State, posterior: Posterior, numbers: dict, index: jax.Array
+    ) -> tuple[State, Info]:
+        trial_key, accept_key = jax.random.split(rng_key)
+        here = state.position
+        trial = attempt(trial_key, here, state.step_size * self.scale(state.inner, numbers, index), self.minibatch, posterior)
+        inner = self.adapt(state.inner, trial.gradient, numbers, index)
+        accepted = jax.random.uniform(accept_key, (), here.dtype) < trial.acceptance_rate
+        # Means since the restart.
+        weight = 1 / jnp.maximum(index - self.restart + 1, 1).astype(here.dtype)
+        state = self._averaged(state, trial, state.step_size, posterior, numbers, weight)
+        state = state._replace(steepest=jnp.where(index < self.restart, 0, state.steepest))
+        dual = self.dual.update(state.dual_averaging, trial.acceptance_rate)
+        step_size = jnp.where(index == self.restart - 1, self.dual.final(dual), jnp.exp(dual.log_step_size))
+        anew = self.dual.init(step_size)
+        dual = jax.tree.map(lambda new, old: jnp.where(index == self.restart - 1, new, old).astype(old.dtype), anew, dual)
+        found = self.shorter(numbers) * jnp.minimum(self.dual.final(dual), _longest(state))
+        step_size = jnp.where(index == self.end - 1, found, step_size).astype(here.dtype)
+        inner = inner._replace(position=jnp.where(accepted, trial.position, here))
+        info = trial.info._replace(acceptance_rate=trial.acceptance_rate)
+        return state._replace(inner=inner, step_size=step_size, dual_averaging=dual), info
+
+    def _run(
+        self, rng_key: jax.Array, state: State, posterior: Posterior, numbers: dict, index: jax.Array
+    ) -> tuple[State, Info]:
+        follows = index < self.num_search_steps
+
+        def watched() -> tuple[State, jax.Array]:
+            tried = state.step_size / jnp.where(follows, self.shorter(numbers), 1)  # of Langevin's, as in the search
+            step_size = tried * self.scale(state.inner, numbers, index)
+            trial = attempt(jax.random.fold_in(rng_key, 1), state.position, step_size, self.minibatch, posterior)
+            gain = 1 / jnp.sqrt(1 + jnp.maximum(index - self.end, 0) // FOLLOW_EVERY).astype(tried.dtype)
+            new = self._averaged(state, trial, tried, posterior, numbers, gain)
+            found = state.step_size * jnp.exp(gain * (trial.acceptance_rate - TARGET_ACCEPTANCE) / 2)
+            found = jnp.minimum(found, self.shorter(numbers) * _longest(new))
+            step_size = jnp.where(follows, found, state.step_size).astype(state.step_size.dtype)
+            return new._replace(step_size=step_size), trial.info.work
+
+        def unwatched() -> tuple[State, jax.Array]:
+            return state, jnp.zeros((), state.acceptance_rate.dtype)
+
+        every = jnp.where(follows, FOLLOW_EVERY, WATCH_EVERY)
+        state, work = jax.lax.cond((index % every == 0) | (index == self.end), watched, unwatched)
+        inner, info = self.sampler.step(rng_key, state.inner, posterior, numbers | {"step_size": state.step_size}, index)
+        return state._replace(inner=inner), info._replace(acceptance_rate=state.acceptance_rate, work=info.work + work)
+
+    def _averaged(
+        self, state: State, trial: Trial, step_size: jax.Array, posterior: Posterior, numbers: dict, weight: jax.Array
     ) -> State:
         """The last trial's numbers, and the means with its share in them."""
-        excess = heat(numbers) * trial.noise_excess
+        excess = self.heat(numbers) * trial.noise_excess
         rate, llc = excess / step_size, posterior.nbeta * trial.info.loss_difference
         noise = state.noise + jnp.where(jnp.isfinite(rate), weight * (rate - state.noise), 0)
         llc = state.llc + jnp.where(jnp.isfinite(llc), weight * (llc - state.llc), 0)
@@ -155,62 +238,15 @@ def with_trials(
             acceptance_rate=trial.acceptance_rate, noise_excess=excess, noise=noise, llc=llc, steepest=steepest
         )
 
-    def search(rng_key: jax.Array, state: State, posterior: Posterior, numbers: dict, index: jax.Array) -> tuple[State, Info]:
-        trial_key, accept_key = jax.random.split(rng_key)
-        here = state.position
-        trial = attempt(trial_key, here, state.step_size * scale(state.inner, numbers, index), minibatch, posterior)
-        inner = adapt(state.inner, trial.gradient, numbers, index)
-        accepted = jax.random.uniform(accept_key, (), here.dtype) < trial.acceptance_rate
-        # Means since the restart.
-        weight = 1 / jnp.maximum(index - restart + 1, 1).astype(here.dtype)
-        state = averaged(state, trial, state.step_size, posterior, numbers, weight)
-        state = state._replace(steepest=jnp.where(index < restart, 0, state.steepest))
-        dual = dual_update(state.dual_averaging, trial.acceptance_rate)
-        step_size = jnp.where(index == restart - 1, dual_final(dual), jnp.exp(dual.log_step_size))
-        anew = dual_init(step_size)
-        dual = jax.tree.map(lambda new, old: jnp.where(index == restart - 1, new, old).astype(old.dtype), anew, dual)
-        found = shorter(numbers) * jnp.minimum(dual_final(dual), longest(state))
-        step_size = jnp.where(index == end - 1, found, step_size).astype(here.dtype)
-        inner = inner._replace(position=jnp.where(accepted, trial.position, here))
-        info = trial.info._replace(acceptance_rate=trial.acceptance_rate)
-        return state._replace(inner=inner, step_size=step_size, dual_averaging=dual), info
 
-    def run(rng_key: jax.Array, state: State, posterior: Posterior, numbers: dict, index: jax.Array) -> tuple[State, Info]:
-        follows = index < num_search_steps
+def _longest(state: State) -> jax.Array:
+    """The step at which the noise of minibatches raises the llc by `MAX_EXCESS` of it, or that of `MAX_STIFFNESS`."""
+    quiet = jnp.where((state.llc > 0) & (state.noise > 0), MAX_EXCESS * state.llc / state.noise, jnp.inf)
+    return jnp.minimum(quiet, jnp.where(state.steepest > 0, MAX_STIFFNESS / state.steepest, jnp.inf))
 
-        def watched() -> tuple[State, jax.Array]:
-            tried = state.step_size / jnp.where(follows, shorter(numbers), 1)  # of Langevin's, as in the search
-            step_size = tried * scale(state.inner, numbers, index)
-            trial = attempt(jax.random.fold_in(rng_key, 1), state.position, step_size, minibatch, posterior)
-            gain = 1 / jnp.sqrt(1 + jnp.maximum(index - end, 0) // FOLLOW_EVERY).astype(tried.dtype)
-            new = averaged(state, trial, tried, posterior, numbers, gain)
-            found = state.step_size * jnp.exp(gain * (trial.acceptance_rate - TARGET_ACCEPTANCE) / 2)
-            found = jnp.minimum(found, shorter(numbers) * longest(new))
-            step_size = jnp.where(follows, found, state.step_size).astype(state.step_size.dtype)
-            return new._replace(step_size=step_size), trial.info.work
 
-        def unwatched() -> tuple[State, jax.Array]:
-            return state, jnp.zeros((), state.acceptance_rate.dtype)
-
-        every = jnp.where(follows, FOLLOW_EVERY, WATCH_EVERY)
-        state, work = jax.lax.cond((index % every == 0) | (index == end), watched, unwatched)
-        inner, info = sampler.step(rng_key, state.inner, posterior, numbers | {"step_size": state.step_size}, index)
-        return state._replace(inner=inner), info._replace(acceptance_rate=state.acceptance_rate, work=info.work + work)
-
-    def step(rng_key: jax.Array, state: State, posterior: Posterior, numbers: dict, index: jax.Array) -> tuple[State, Info]:
-        if not end:
-            return run(rng_key, state, posterior, numbers, index)
-        return jax.lax.cond(
-            index < end,
-            lambda: search(rng_key, state, posterior, numbers, index),
-            lambda: run(rng_key, state, posterior, numbers, index),
-        )
-
-    def shortest(states: State) -> State:
-        """Where some chains have reached steeper ground than others, all must be able to follow; but not where one is lost."""
-        found = jnp.isfinite(states.step_size) & (states.step_size > 0)
-        shortest = jnp.min(jnp.where(found, states.step_size, jnp.inf))
-        return states._replace(step_size=jnp.where(jnp.isfinite(shortest), shortest, states.step_size))
-
-    extras = ("step_size", "noise_excess", *sampler.extras)
-    return Sampler(init, step, extras, (num_search_steps, shortest) if end else None)
+def _shortest(states: State) -> State:
+    """Where some chains have reached steeper ground than others, all must be able to follow; but not where one is lost."""
+    found = jnp.isfinite(states.step_size) & (states.step_size > 0)
+    shortest = jnp.min(jnp.where(found, states.step_size, jnp.inf))
+    return states._replace(step_size=jnp.where(jnp.isfinite(shortest), shortest, states.step_size))
