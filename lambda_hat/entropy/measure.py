@@ -40,8 +40,7 @@ from lambda_hat.entropy.sequences import Batch, TokenStats, all_token_stats, mov
 from lambda_hat.entropy.spec import EntropySpec
 from lambda_hat.entropy.study import Measured
 from lambda_hat.targets.policies.objective import sequence_weights
-from lambda_hat.targets.policies.policy import policy_of
-from lambda_hat.targets.policies.spec import RlSpec
+from lambda_hat.targets.policies.spec import RlSpec, policy_of
 from lambda_hat.targets.target import Params, Target
 
 #: Bytes that directions held together, and the logits of sequences evaluated together, may each take where the device does not

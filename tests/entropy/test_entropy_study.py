@@ -26,7 +26,7 @@ from lambda_hat.specs.spec import InvalidInput
 from lambda_hat.store.arrays import unpack_arrays
 from lambda_hat.store.manifest import entropy_address, target_address
 from lambda_hat.store.store import Store
-from lambda_hat.targets.policies.policy import policy_of
+from lambda_hat.targets.policies.spec import policy_of
 
 POLICY = {
     "family": "policy", "task": {"kind": "modular_addition", "modulus": 3},

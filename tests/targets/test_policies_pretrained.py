@@ -12,13 +12,12 @@ import pytest
 from pydantic import ValidationError
 
 from lambda_hat.specs.spec import InvalidInput
-from lambda_hat.targets.policies import pretrained
+from lambda_hat.targets.policies import model_files
 from lambda_hat.targets.policies.decoder import DecoderSpec, decoder
 from lambda_hat.targets.policies.generate import generate
 from lambda_hat.targets.policies.lora import LoraSpec
-from lambda_hat.targets.policies.policy import policy_of
 from lambda_hat.targets.policies.pretrained import PretrainedSpec, find, fingerprint, open_pretrained
-from lambda_hat.targets.policies.spec import PolicySpec, RlSpec, WarmStartSpec
+from lambda_hat.targets.policies.spec import PolicySpec, RlSpec, WarmStartSpec, policy_of
 from lambda_hat.targets.policies.tasks import FewShotAdditionTask, ModularTask, TokenizedTask
 
 pytest.importorskip("safetensors")
@@ -287,7 +286,7 @@ def test_missing_packages_are_named(monkeypatch):
     with pytest.raises(
         InvalidInput, match=r'package gguf, which is not installed. Call pip install "lambda_hat\[pretrained\]"'
     ):
-        pretrained.package("gguf")
+        model_files.package("gguf")
 
 
 def test_tasks_take_the_models_tokens(tmp_path):

@@ -16,8 +16,7 @@ from lambda_hat.targets.policies.decoder import DecoderSpec
 from lambda_hat.targets.policies.generate import generate, token_statistics
 from lambda_hat.targets.policies.lora import LoraSpec, merge
 from lambda_hat.targets.policies.objective import group_advantages, policy_loss, sequence_weights
-from lambda_hat.targets.policies.policy import policy_of
-from lambda_hat.targets.policies.spec import PolicySpec, RlSpec, WarmStartSpec
+from lambda_hat.targets.policies.spec import PolicySpec, RlSpec, WarmStartSpec, policy_of
 from lambda_hat.targets.policies.tasks import ModularTask, rewards
 from lambda_hat.targets.policies.train import to_target, train_policy
 from lambda_hat.targets.singular import TanhSpec

@@ -14,7 +14,7 @@ import numpy as np
 
 from lambda_hat.specs.spec import InvalidInput
 from lambda_hat.targets.policies.decoder import DecoderSpec
-from lambda_hat.targets.policies.pretrained import Names, Source, package, require
+from lambda_hat.targets.policies.model_files import Names, Source, package, require
 from lambda_hat.targets.policies.tokenizer import TextTokenizer
 
 _GGUF: Names = {

@@ -9,10 +9,39 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from pydantic import Field
 
+from lambda_hat.specs.spec import Spec
 from lambda_hat.targets.policies.decoder import Apply
 from lambda_hat.targets.policies.generate import token_statistics
 from lambda_hat.targets.target import Params
+
+
+class RlSpec(Spec):
+    """Group-relative policy gradient with AdamW: see above."""
+
+    num_steps: int = Field(150, ge=1, le=2**30, description="updates")
+    num_prompts: int = Field(32, ge=1, le=10**6, description="prompts U of an update, drawn with replacement")
+    num_completions: int = Field(8, ge=2, le=10**6, description="completions G of each prompt")
+    learning_rate: float = Field(1e-3, gt=0, description="of AdamW")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean of the gradients")
+    beta2: float = Field(0.999, ge=0, lt=1, description="decay of the mean of their squares")
+    epsilon: float = Field(1e-8, gt=0, description="added to the root of the mean square")
+    weight_decay: float = Field(0.0, ge=0, description="an update takes learning_rate * weight_decay * w from w")
+    max_norm: float | None = Field(1.0, gt=0, description="gradients longer than this are scaled to it; none = never")
+    num_checkpoints: int = Field(
+        5,
+        ge=1,
+        le=1000,
+        description="parameters and optimizer kept at this many evenly spaced updates, first 0, last num_steps",
+    )
+
+    @property
+    def saved_steps(self) -> tuple[int, ...]:
+        """The updates after which a checkpoint is kept, ascending; those that round alike are one. A single one is the last."""
+        spaced = np.linspace(self.num_steps, 0, self.num_checkpoints)
+        return tuple(sorted({round(float(step)) for step in spaced}))
 
 
 def group_advantages(rewards_UG: Any) -> Any:

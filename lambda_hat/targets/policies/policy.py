@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import jax
 from jax.tree_util import Partial
 
-from lambda_hat.specs.spec import InvalidInput
 from lambda_hat.store.arrays import unflatten
 from lambda_hat.targets.policies.decoder import Decoder
 from lambda_hat.targets.policies.lora import LoraSpec, joined
-from lambda_hat.targets.target import Params, Target
+from lambda_hat.targets.policies.objective import negative_log_likelihoods
+from lambda_hat.targets.target import Dataset, Objective, Params
 
 
 class Policy(NamedTuple):
@@ -51,17 +51,12 @@ def frozen(lora: LoraSpec | None, constants: dict[str, Any]) -> Params | None:
     return None if lora is None else unflatten(constants)
 
 
-def policy_of(target: Target) -> Policy:
-    """The policy of a target: after its last update, or of a target loaded at a checkpoint, there.
+@functools.cache
+def answer_loss(network: Decoder, lora: LoraSpec | None) -> Objective:
+    """-log pi(completion) of samples `tokens` and `mask`, both (B, T)."""
 
-    Raises:
-      InvalidInput: the target is no policy.
-    """
-    from lambda_hat.targets.policies.spec import PolicySpec
+    def per_sample_loss(params: Params, dataset: Dataset) -> jax.Array:
+        apply = Policy(network, frozen(lora, dataset.constants), lora, params).apply
+        return negative_log_likelihoods(apply, params, dataset.samples["tokens"], dataset.samples["mask"])
 
-    spec = target.spec
-    if not isinstance(spec, PolicySpec):
-        raise InvalidInput(
-            f"A target of family policy is needed here; {target.target_id} is a {type(spec).__name__}. Name one."
-        )
-    return Policy(spec.decoder(), frozen(spec.lora, target.dataset.constants), spec.lora, target.params_star)
+    return Objective(per_sample_loss)

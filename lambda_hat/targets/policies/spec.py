@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Annotated, Any, Literal, Self
 
 import jax
@@ -10,15 +9,15 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from lambda_hat.compute.chunks import Progress, no_progress
-from lambda_hat.specs.spec import Spec
+from lambda_hat.specs.spec import InvalidInput, Spec
 from lambda_hat.targets.policies.decoder import Decoder, DecoderSpec, decoder
 from lambda_hat.targets.policies.lora import LoraSpec, adapter_shapes
-from lambda_hat.targets.policies.objective import negative_log_likelihoods
-from lambda_hat.targets.policies.policy import Policy, frozen
+from lambda_hat.targets.policies.objective import RlSpec
+from lambda_hat.targets.policies.policy import Policy, answer_loss, frozen
 from lambda_hat.targets.policies.pretrained import PretrainedSpec, open_pretrained
 from lambda_hat.targets.policies.tasks import AnyTask, ModularTask, TokenizedTask
 from lambda_hat.targets.policies.tokenizer import Tokenizer
-from lambda_hat.targets.target import Dataset, Objective, Params, Save, Shapes, Target, TargetSpec, Unfinished
+from lambda_hat.targets.target import Objective, Params, Save, Shapes, Target, TargetSpec, Unfinished
 
 
 class WarmStartSpec(Spec):
@@ -30,32 +29,6 @@ class WarmStartSpec(Spec):
         0.45, gt=0, le=1, description="stop after the first step whose batch has a mean probability of the answer this high"
     )
     max_steps: int = Field(3000, ge=0, le=2**30, description="stop after this many steps at the latest")
-
-
-class RlSpec(Spec):
-    """Group-relative policy gradient with AdamW: see `targets.policies.objective`."""
-
-    num_steps: int = Field(150, ge=1, le=2**30, description="updates")
-    num_prompts: int = Field(32, ge=1, le=10**6, description="prompts U of an update, drawn with replacement")
-    num_completions: int = Field(8, ge=2, le=10**6, description="completions G of each prompt")
-    learning_rate: float = Field(1e-3, gt=0, description="of AdamW")
-    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean of the gradients")
-    beta2: float = Field(0.999, ge=0, lt=1, description="decay of the mean of their squares")
-    epsilon: float = Field(1e-8, gt=0, description="added to the root of the mean square")
-    weight_decay: float = Field(0.0, ge=0, description="an update takes learning_rate * weight_decay * w from w")
-    max_norm: float | None = Field(1.0, gt=0, description="gradients longer than this are scaled to it; none = never")
-    num_checkpoints: int = Field(
-        5,
-        ge=1,
-        le=1000,
-        description="parameters and optimizer kept at this many evenly spaced updates, first 0, last num_steps",
-    )
-
-    @property
-    def saved_steps(self) -> tuple[int, ...]:
-        """The updates after which a checkpoint is kept, ascending; those that round alike are one. A single one is the last."""
-        spaced = np.linspace(self.num_steps, 0, self.num_checkpoints)
-        return tuple(sorted({round(float(step)) for step in spaced}))
 
 
 AnyModel = Annotated[DecoderSpec | PretrainedSpec, Field(discriminator="kind")]
@@ -151,12 +124,15 @@ class PolicySpec(TargetSpec):
         return answer_loss(self.decoder(), self.lora)
 
 
-@functools.cache
-def answer_loss(network: Decoder, lora: LoraSpec | None) -> Objective:
-    """-log pi(completion) of samples `tokens` and `mask`, both (B, T)."""
+def policy_of(target: Target) -> Policy:
+    """The policy of a target: after its last update, or of a target loaded at a checkpoint, there.
 
-    def per_sample_loss(params: Params, dataset: Dataset) -> jax.Array:
-        apply = Policy(network, frozen(lora, dataset.constants), lora, params).apply
-        return negative_log_likelihoods(apply, params, dataset.samples["tokens"], dataset.samples["mask"])
-
-    return Objective(per_sample_loss)
+    Raises:
+      InvalidInput: the target is no policy.
+    """
+    spec = target.spec
+    if not isinstance(spec, PolicySpec):
+        raise InvalidInput(
+            f"A target of family policy is needed here; {target.target_id} is a {type(spec).__name__}. Name one."
+        )
+    return Policy(spec.decoder(), frozen(spec.lora, target.dataset.constants), spec.lora, target.params_star)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,20 @@ from lambda_hat.store.arrays import flatten
 from lambda_hat.targets.policies.decoder import Decoder
 from lambda_hat.targets.policies.generate import generate, sequences
 from lambda_hat.targets.policies.lora import LoraSpec, init_adapters
-from lambda_hat.targets.policies.objective import group_advantages, negative_log_likelihoods, policy_loss, sequence_weights
-from lambda_hat.targets.policies.policy import Policy
+from lambda_hat.targets.policies.objective import (
+    RlSpec,
+    group_advantages,
+    negative_log_likelihoods,
+    policy_loss,
+    sequence_weights,
+)
+from lambda_hat.targets.policies.policy import Policy, answer_loss
 from lambda_hat.targets.policies.pretrained import PretrainedSpec
-from lambda_hat.targets.policies.spec import PolicySpec, RlSpec, answer_loss
 from lambda_hat.targets.policies.tasks import TokenizedTask, rewards
 from lambda_hat.targets.target import Dataset, Params, Save, Target, Unfinished, mean_float64, num_params
+
+if TYPE_CHECKING:
+    from lambda_hat.targets.policies.spec import PolicySpec
 
 #: Columns of the curves of both phases.
 WARM_START_CURVE = ("loss", "accuracy")
