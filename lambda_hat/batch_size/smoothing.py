@@ -23,11 +23,6 @@ def updates_done(steps: np.ndarray) -> np.ndarray:
     return (np.concatenate([[0.0], steps[:-1]]) + steps - 1) / 2
 
 
-def moving_average(losses: np.ndarray, num_points: int) -> np.ndarray:
-    """The mean of each point and its neighbours, at most `num_points` in all, each with the same weight; (P,)."""
-    return smooth(np.arange(1, len(losses) + 1), losses, window=num_points)
-
-
 def smooth(steps: np.ndarray, losses: np.ndarray, window: float | None = None, relative: float | None = None) -> np.ndarray:
     """The mean loss of the steps in a window around the middle of each point's own; (P,).
 

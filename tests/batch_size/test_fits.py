@@ -10,7 +10,7 @@ import pytest
 
 from lambda_hat.batch_size.critical import collapse, critical_batch_size, steps_to_target
 from lambda_hat.batch_size.fits import optimum, power_slope, richness_slopes, width_transfer
-from lambda_hat.batch_size.smoothing import moving_average, smooth, updates_done
+from lambda_hat.batch_size.smoothing import smooth, updates_done
 from lambda_hat.specs.spec import InvalidInput
 
 ETAS = 2.0 ** np.arange(-6, 7)
@@ -299,16 +299,6 @@ def test_collapse_with_divergence():
 
 def test_updates_done():
     np.testing.assert_array_equal(updates_done(np.array([1, 2, 3, 5, 10])), [0, 1, 2, 3.5, 7])
-
-
-def test_moving_average():
-    np.testing.assert_allclose(moving_average([1, 2, 6, 4, 5], 3), [1, 3, 4, 5, 5])
-    np.testing.assert_allclose(moving_average([3, 2, NAN, 4], 3), [3, 2, NAN, NAN])
-    np.testing.assert_allclose(moving_average([NAN, 2], 3), [NAN, NAN])
-    line = np.linspace(5, 1, 30)
-    np.testing.assert_allclose(moving_average(line, 7), line, rtol=1e-12)
-    with pytest.raises(InvalidInput, match="window=0"):
-        moving_average(line, 0)
 
 
 def test_points_weigh_as_many_steps_as_they_stand_for():
