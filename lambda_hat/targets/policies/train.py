@@ -207,103 +207,132 @@ def train_policy(
     """
     # On GPUs JAX would multiply float32 matrices in TF32, ten bits of mantissa.
     with jax.enable_x64(spec.precision == "float64"), jax.default_matmul_precision("highest"):
-        return _train_policy(spec, progress, resume, save)
+        training = _Training(spec, progress, save)
+        start = 0 if resume is None else training.resume(resume)
+        training.warm_start(start)
+        training.updates(start)
+        return training.trained()
 
 
-def _train_policy(spec: PolicySpec, progress: Progress, resume: Unfinished | None, save: Save | None) -> TrainedPolicy:
-    dtype = np.dtype(spec.precision)
-    warm, rl = spec.warm_start, spec.rl
-    task = spec.tokenized()
-    prompts = task.prompts()
-    dataset = jax.device_put(answers_dataset(task, None))
-    fields = {"tokens": prompts.tokens, "lengths": prompts.lengths, "answers": prompts.answers}
-    prompt_data = jax.device_put(Dataset(fields, {}))
-    width, end_tokens = prompts.answers.shape[1], np.array(task.end_tokens, np.int32)
-    warm_start = _warm_start(spec.decoder(), warm.batch_size)
-    update = _update(spec.decoder(), spec.lora, width, rl.num_prompts, rl.num_completions)
-    warm_key, rl_key = jax.random.split(jax.random.key(spec.seed))
-    warm_rl = RlSpec(learning_rate=warm.learning_rate, max_norm=None)
-    pretrained = isinstance(spec.model, PretrainedSpec)
+class _Training:
+    """The training of one policy: what its steps take, and how far it has got.
 
-    def fresh(params: Params) -> _Carry:
+    base, carry: the frozen network, of updates of adapters, and what the loops carry. checkpoints: after the updates so far.
+    """
+
+    def __init__(self, spec: PolicySpec, progress: Progress, save: Save | None) -> None:
+        self.spec, self.progress, self.save = spec, progress, save
+        self.dtype, self.pretrained = np.dtype(spec.precision), isinstance(spec.model, PretrainedSpec)
+        self.total, self.pace = spec.warm_start.max_steps + spec.rl.num_steps, Pace()
+        self.warm_key, self.rl_key = jax.random.split(jax.random.key(spec.seed))
+        self.base: Params | None = None
+        self.carry = self._fresh(spec.initial(self.dtype))
+        self.checkpoints: dict[int, Params] = {}
+
+    def _fresh(self, params: Params) -> _Carry:
         curves = (
-            np.full((warm.max_steps, len(WARM_START_CURVE)), np.nan, dtype),
-            np.zeros((rl.num_steps, len(RL_CURVE)), dtype),
+            np.full((self.spec.warm_start.max_steps, len(WARM_START_CURVE)), np.nan, self.dtype),
+            np.zeros((self.spec.rl.num_steps, len(RL_CURVE)), self.dtype),
         )
         params = jax.device_put(params)
         return jax.device_put(_Carry(params, _new_state(params), *curves, np.asarray(False)))
 
-    def with_adapters(carry: _Carry) -> tuple[Params | None, _Carry]:
+    def _with_adapters(self) -> tuple[Params | None, _Carry]:
         """The frozen network and what the updates train, with a new optimizer state."""
-        if spec.lora is None:
+        carry, lora = self.carry, self.spec.lora
+        if lora is None:
             return None, carry._replace(optimizer=_new_state(carry.params))
-        adapters = jax.device_put(init_adapters(spec.lora, carry.params, (spec.seed, 1)))
+        adapters = jax.device_put(init_adapters(lora, carry.params, (self.spec.seed, 1)))
         return carry.params, carry._replace(params=adapters, optimizer=_new_state(adapters))
 
-    def saved(base: Params | None, carry: _Carry) -> Any:
+    def _saved(self, base: Params | None, carry: _Carry) -> Any:
         """What an unfinished training keeps: of a pretrained model not the network, whose files are there."""
-        return None if pretrained else base, carry
+        return None if self.pretrained else base, carry
 
-    base, carry = None, fresh(spec.initial(dtype))
-    start, total = 0, warm.max_steps + rl.num_steps
-    checkpoints: dict[int, Params] = {}
-    if resume is not None:
-        in_updates = resume.step > warm.max_steps
-        known = with_adapters(carry) if in_updates else (base, carry)
-        if (restored := resume.restore(saved(*known))) is not None:
-            base, carry = known[0] if pretrained else restored[0], restored[1]
-            start, checkpoints = resume.step, dict(resume.checkpoints)
-    pace = Pace()
+    def resume(self, unfinished: Unfinished) -> int:
+        """Takes up an unfinished training, if it is one of this; the steps it has done."""
+        in_updates = unfinished.step > self.spec.warm_start.max_steps
+        known = self._with_adapters() if in_updates else (self.base, self.carry)
+        if (restored := unfinished.restore(self._saved(*known))) is None:
+            return 0
+        self.base, self.carry = known[0] if self.pretrained else restored[0], restored[1]
+        self.checkpoints = dict(unfinished.checkpoints)
+        return unfinished.step
 
-    def after_chunk(carry: _Carry, done: int) -> None:
-        if save is not None and done < total:
-            leaves = jax.tree.leaves(saved(base, carry))
-            pace(lambda: save(Unfinished(done, [np.array(leaf) for leaf in leaves], checkpoints)))
+    def _after_chunk(self, carry: _Carry, done: int) -> None:
+        if (save := self.save) is not None and done < self.total:
+            leaves = jax.tree.leaves(self._saved(self.base, carry))
+            self.pace(lambda: save(Unfinished(done, [np.array(leaf) for leaf in leaves], self.checkpoints)))
 
-    def warm_advance(carry: _Carry, start: int, count: int) -> _Carry:
-        target = np.asarray(warm.target_accuracy, dtype)
-        return warm_start(carry, dataset, warm_key, _numbers(warm_rl, dtype), target, np.int32(start), np.int32(count))
+    def warm_start(self, start: int) -> None:
+        """Imitation of the right answers from step `start` on; the policy that the updates begin with."""
+        warm = self.spec.warm_start
+        dataset = jax.device_put(answers_dataset(self.spec.tokenized(), None))
+        advance = _warm_start(self.spec.decoder(), warm.batch_size)
+        numbers = _numbers(RlSpec(learning_rate=warm.learning_rate, max_norm=None), self.dtype)
+        target = np.asarray(warm.target_accuracy, self.dtype)
 
-    def after_warm_chunk(carry: _Carry, done: int) -> None:
-        after_chunk(carry, done)
-        accuracy = np.asarray(carry.warm_curve)[:, 1]
-        known = accuracy[np.isfinite(accuracy)]
-        progress(done, total, "steps", f"warm start, accuracy {known[-1]:.3g}" if known.size else "warm start")
+        def after_chunk(carry: _Carry, done: int) -> None:
+            self._after_chunk(carry, done)
+            accuracy = np.asarray(carry.warm_curve)[:, 1]
+            known = accuracy[np.isfinite(accuracy)]
+            self.progress(done, self.total, "steps", f"warm start, accuracy {known[-1]:.3g}" if known.size else "warm start")
 
-    carry = run_in_chunks(warm_advance, carry, start, warm.max_steps, after_warm_chunk)
-    if start <= warm.max_steps:
-        base, carry = with_adapters(carry)
-        checkpoints = {0: _checkpoint(carry)} if 0 in rl.saved_steps else {}
+        self.carry = run_in_chunks(
+            lambda carry, first, count: advance(
+                carry, dataset, self.warm_key, numbers, target, np.int32(first), np.int32(count)
+            ),
+            self.carry, start, warm.max_steps, after_chunk,
+        )  # fmt: skip
+        if start <= warm.max_steps:
+            self.base, self.carry = self._with_adapters()
+            self.checkpoints = {0: _checkpoint(self.carry)} if 0 in self.spec.rl.saved_steps else {}
 
-    def rl_advance(carry: _Carry, start: int, count: int) -> _Carry:
-        """`count` updates, stopping at every checkpoint on the way."""
-        first, last = start - warm.max_steps, start - warm.max_steps + count
-        for step in [*(step for step in rl.saved_steps if first < step < last), last]:
-            arguments = (prompt_data, end_tokens, rl_key, _numbers(rl, dtype), np.int32(first), np.int32(step - first))
-            carry = update(carry, base, *arguments)
-            first = step
-            if step in rl.saved_steps:
-                checkpoints[step] = _checkpoint(carry)
-        return carry
+    def updates(self, start: int) -> None:
+        """The updates by reward, from step `start` of the whole training on."""
+        rl, before = self.spec.rl, self.spec.warm_start.max_steps
+        task = self.spec.tokenized()
+        prompts = task.prompts()
+        fields = {"tokens": prompts.tokens, "lengths": prompts.lengths, "answers": prompts.answers}
+        prompt_data, end_tokens = jax.device_put(Dataset(fields, {})), np.array(task.end_tokens, np.int32)
+        width = prompts.answers.shape[1]
+        update = _update(self.spec.decoder(), self.spec.lora, width, rl.num_prompts, rl.num_completions)
+        numbers = _numbers(rl, self.dtype)
 
-    def after_rl_chunk(carry: _Carry, done: int) -> None:
-        after_chunk(carry, done)
-        progress(done, total, "steps", f"accuracy {np.asarray(carry.curve)[done - warm.max_steps - 1, 0]:.3g}")
+        def advance(carry: _Carry, start: int, count: int) -> _Carry:
+            """`count` updates, stopping at every checkpoint on the way."""
+            first, last = start - before, start - before + count
+            for step in [*(step for step in rl.saved_steps if first < step < last), last]:
+                arguments = (prompt_data, end_tokens, self.rl_key, numbers, np.int32(first), np.int32(step - first))
+                carry = update(carry, self.base, *arguments)
+                first = step
+                if step in rl.saved_steps:
+                    self.checkpoints[step] = _checkpoint(carry)
+            return carry
 
-    carry = run_in_chunks(rl_advance, carry, max(start, warm.max_steps), total, after_rl_chunk)
-    base, params, warm_curve, curve = jax.tree.map(np.array, (base, carry.params, carry.warm_curve, carry.curve))
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
-        raise FloatingPointError(
-            "Training must end with finite parameters; it diverged with "
-            f"warm_start.learning_rate={warm.learning_rate} and rl.learning_rate={rl.learning_rate}. Lower them."
-        )
-    warm_curve = warm_curve[~np.isnan(warm_curve[:, 0])]
-    return TrainedPolicy(
-        spec, params,
-        {step: PolicyCheckpoint(**checkpoint) for step, checkpoint in checkpoints.items()},
-        dict(zip(WARM_START_CURVE, warm_curve.T, strict=True)), dict(zip(RL_CURVE, curve.T, strict=True)),
-        base,
-    )  # fmt: skip
+        def after_chunk(carry: _Carry, done: int) -> None:
+            self._after_chunk(carry, done)
+            self.progress(done, self.total, "steps", f"accuracy {np.asarray(carry.curve)[done - before - 1, 0]:.3g}")
+
+        self.carry = run_in_chunks(advance, self.carry, max(start, before), self.total, after_chunk)
+
+    def trained(self) -> TrainedPolicy:
+        """The policy after the last update."""
+        spec, carry = self.spec, self.carry
+        base, params, warm_curve, curve = jax.tree.map(np.array, (self.base, carry.params, carry.warm_curve, carry.curve))
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
+            raise FloatingPointError(
+                "Training must end with finite parameters; it diverged with "
+                f"warm_start.learning_rate={spec.warm_start.learning_rate} and rl.learning_rate={spec.rl.learning_rate}. "
+                "Lower them."
+            )
+        warm_curve = warm_curve[~np.isnan(warm_curve[:, 0])]
+        return TrainedPolicy(
+            spec, params,
+            {step: PolicyCheckpoint(**checkpoint) for step, checkpoint in self.checkpoints.items()},
+            dict(zip(WARM_START_CURVE, warm_curve.T, strict=True)), dict(zip(RL_CURVE, curve.T, strict=True)),
+            base,
+        )  # fmt: skip
 
 
 def answers_dataset(task: TokenizedTask, base: Params | None) -> Dataset:
