@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, get_args
-
-from pydantic import ValidationError
+from typing import Any, NamedTuple
 
 from lambda_hat.batch_size.artifacts import find_target
-from lambda_hat.llc.plan import check_own, make_plan, study_options
+from lambda_hat.llc.plan import POSTERIOR, SAMPLER, check_own, make_plan, sampling
 from lambda_hat.llc.run import RunSpec
-from lambda_hat.specs.overrides import Assignment, parse_sweep
-from lambda_hat.specs.settings import Preset, Settings, StudyExperiment, explain, lookup, nearest
+from lambda_hat.specs.grid import DEFAULT, TAGS, Grid, Limit, Section, check_components, study_options, validated
+from lambda_hat.specs.overrides import Sweep, left, parse_sweep, without
+from lambda_hat.specs.settings import Preset, Settings, StudyExperiment, lookup, nearest
 from lambda_hat.specs.spec import InvalidInput, Precision
+from lambda_hat.specs.text import described, listing
 from lambda_hat.store.store import Store
 from lambda_hat.targets.families import TargetSpec
 from lambda_hat.targets.trials.spec import TrialSpec
-from lambda_hat.targets.trials.task import AnyTask
-
-DEFAULT = "default"
 
 #: Before the id of a network that a study trained, where a target is named.
 PREFIX = "batch-size:"
@@ -31,14 +26,10 @@ MAX_TRIALS = 100_000
 #: Below this richness float32 does not hold what training changes: predictions are differences of numbers ~ 1/richness.
 FLOAT64_BELOW = 5e-3
 
-Key = tuple[str, ...]
-Sweep = dict[Key, Assignment]
+TRIAL = Section("", {"": TrialSpec}, components=("task",), closed=("checkpoint",))
 
 _OPTIONS = ("plots", "keep", "curvature", "target_loss")
-_SAMPLING = ("sampler", "posterior")
-_LENGTHS = {("num_steps",), ("num_epochs",)}
-_TASKS = {cls.model_fields["kind"].default: cls for cls in get_args(get_args(AnyTask)[0])}
-_FIELDS = {name for name in TrialSpec.model_fields if name not in ("family", "task", "checkpoint")}
+_SAMPLING = (SAMPLER.name, POSTERIOR.name)
 
 
 class StudyPlan(NamedTuple):
@@ -104,29 +95,39 @@ def make_study(settings: Settings, experiment: str | None = None, overrides: Seq
     name = experiment or DEFAULT
     base = lookup(settings.studies, "study", name)
     user = parse_sweep(overrides)
-    sweeps = [parse_sweep(texts) for texts in base.sweeps]
+    sweeps = [left(parse_sweep(texts), user) for texts in base.sweeps]
     options = study_options(base, user, _OPTIONS, _plots)
-    user = {path: assignment for path, assignment in user.items() if assignment.key not in _OPTIONS}
+    user = without(user, [head for head in _OPTIONS if (head,) in user])
+    limit = Limit(MAX_TRIALS, "A study", "trials")
+    others = ("task", *_SAMPLING)
+    grid = Grid(
+        settings.presets,
+        (TRIAL,),
+        limit,
+        without(user, _SAMPLING),
+        {},
+        "a trial, of its task or of the study",
+        _OPTIONS,
+        others,
+    )
     trials: dict[str, TrialSpec] = {}
-    sampling: dict[Key, Assignment] = {}
+    ways: list[list[str]] = []
     for sweep in sweeps:
-        merged = _over(sweep, user)
-        own = {path: assignment for path, assignment in merged.items() if path[0] in _SAMPLING}
-        if own != sampling and sweep is not sweeps[0]:
+        ways.append(sampling(sweep | user))
+        if ways[-1] != ways[0]:
             raise InvalidInput(
                 "Every trial of a study is sampled in the same way; its sweeps set different ones: "
-                f"{_texts(sampling)} and {_texts(own)}. Set the same in each, or make two studies."
+                f"{' and '.join(', '.join(way) or 'none' for way in (ways[0], ways[-1]))}. "
+                "Set the same in each, or make two studies."
             )
-        sampling = own
-        for trial in _trials(settings, {path: merged[path] for path in merged if path[0] not in _SAMPLING}):
+        if ("task",) not in sweep | user:
+            raise InvalidInput(f"A study needs a task; got none. Choose with task=NAME. {nearest('', settings.presets.task)}")
+        own = without(sweep, _SAMPLING)
+        for trial in _trials(settings, grid, own):
             trials.setdefault(trial.target_id, trial)
-            if len(trials) > MAX_TRIALS:
-                _refuse_size(len(trials))
-    if sampling and ("sampler",) not in sampling:
-        raise InvalidInput(
-            f"{next(iter(sampling.values())).key} is of sampling, which a study does with sampler=NAME; got none."
-        )
-    plan = StudyPlan(name, list(trials.values()), options, [assignment.text for assignment in sampling.values()])
+            limit.check(len(trials))
+        grid.check_applied([own, grid.user])
+    plan = StudyPlan(name, list(trials.values()), options, ways[0])
     plan.runs(
         settings, list({trial.task: trial for trial in plan.trials}.values())
     )  # wrong ones are refused before any training
@@ -135,28 +136,19 @@ def make_study(settings: Settings, experiment: str | None = None, overrides: Seq
 
 def check_studies(settings: Settings) -> None:
     """Validates every study and every preset of a task. Raises InvalidInput: the first that is not valid."""
-    for name in settings.presets.task:
-        _task(settings, name)
+    check_components(settings.presets, TRIAL)
     for name in settings.studies:
         make_study(settings, name)
 
 
 def describe(settings: Settings) -> str:
     """Studies and tasks that can be chosen by name, one line each."""
-    tables = {
-        "Studies": {name: study.description for name, study in settings.studies.items()},
-        "Presets: task=": {name: preset.description for name, preset in settings.presets.task.items()},
-        "Fields of a trial": {name: TrialSpec.model_fields[name].description or "" for name in sorted(_FIELDS)},
-    }
-    width = max(len(name) for table in tables.values() for name in table)
-    return "\n\n".join(
-        "\n".join([title, *(f"  {name:{width}}  {text}".rstrip() for name, text in table.items())])
-        for title, table in tables.items()
-    )
-
-
-def _texts(sweep: Sweep) -> str:
-    return ", ".join(assignment.text for assignment in sweep.values()) or "none"
+    fields = {name: TrialSpec.model_fields[name] for name in sorted(TrialSpec.model_fields)}
+    return listing({
+        "Studies": described(settings.studies),
+        "Presets: task=": described(settings.presets.task),
+        "Fields of a trial": described({name: fields[name] for name in fields if name not in (*TAGS, "task", *TRIAL.closed)}),
+    })  # fmt: skip
 
 
 def _plots() -> list[str]:
@@ -165,64 +157,10 @@ def _plots() -> list[str]:
     return list(PLOTS)
 
 
-def _over(sweep: Sweep, user: Sweep) -> Sweep:
-    """The sweep's assignments that no override replaces, and the overrides."""
-    replaced = {path for path in sweep if any(path[: len(new)] == new or {path, new} == _LENGTHS for new in user)}
-    return {path: assignment for path, assignment in sweep.items() if path not in replaced} | user
-
-
-def _trials(settings: Settings, sweep: Sweep) -> Iterator[TrialSpec]:
-    task_names = [str(name) for name in sweep[("task",)].values] if ("task",) in sweep else []
-    if not task_names:
-        raise InvalidInput(f"A study needs a task; got none. Choose with task=NAME. {nearest('', settings.presets.task)}")
-    tasks = {name: _task(settings, name) for name in task_names}
-    for path, assignment in sweep.items():
-        known = path == ("task",) or (len(path) == 1 and path[0] in _FIELDS)
-        if not known and not any(path[0] == "task" and len(path) == 2 and path[1] in fields for _, fields in tasks.values()):
-            names = {f"task.{name}" for _, fields in tasks.values() for name in fields}
-            remedy = nearest(assignment.key, _FIELDS | names | {*_OPTIONS, *_SAMPLING, "task"})
-            if assignment.key in _OPTIONS:  # of a sweep in the settings
-                remedy = "Set it once for the whole study, beside its sweeps."
-            raise InvalidInput(
-                f"Override {assignment.text!r}: a key must be a field of a trial, of its task or of the study; "
-                f"got {assignment.key!r}. {remedy}"
-            )
-    own = {path: assignment for path, assignment in sweep.items() if len(path) == 1 and path != ("task",)}
-    for base, fields in tasks.values():
-        inside = {path: assignment for path, assignment in sweep.items() if path[0] == "task" and path[-1] in fields}
-        chosen = [*inside.items(), *own.items()]
-        size = math.prod(len(assignment.values) for _, assignment in chosen)
-        if size > MAX_TRIALS:
-            _refuse_size(size)
-        for values in itertools.product(*(assignment.values for _, assignment in chosen)):
-            trial: dict[str, Any] = {"task": dict(base)}
-            for (path, _), value in zip(chosen, values, strict=True):
-                (trial["task"] if len(path) == 2 else trial)[path[-1]] = value
-            trial.setdefault("precision", _precision(settings, trial.get("richness")))
-            try:
-                yield TrialSpec.from_dict(trial)
-            except ValidationError as error:
-                raise explain(error, TrialSpec, lambda _: "Override it, or correct the study.", "trial") from None
-
-
-def _task(settings: Settings, name: str) -> tuple[dict[str, Any], set[str]]:
-    """The preset's fields, and the names of all that its kind has."""
-    fields = dict(lookup(settings.presets.task, "task preset", name).fields)
-    if fields.get("kind") not in _TASKS:
-        raise InvalidInput(f"[presets.task.{name}] must name its kind; got {fields.get('kind')!r}. {nearest('', _TASKS)}")
-    cls = _TASKS[fields["kind"]]
-    try:
-        cls.from_dict(fields)
-    except ValidationError as error:
-        raise explain(error, cls, lambda _: "Correct the preset in the settings.", f"presets.task.{name}") from None
-    except TypeError as error:
-        raise InvalidInput(f"[presets.task.{name}] must hold numbers, text, true and false; {error}. Correct it.") from None
-    return fields, set(cls.model_fields) - {"kind"}
+def _trials(settings: Settings, grid: Grid, sweep: Sweep) -> Iterator[TrialSpec]:
+    for fields in grid.tables(TRIAL, DEFAULT, sweep):
+        yield validated(TrialSpec, {"precision": _precision(settings, fields.get("richness"))} | fields, "trial")
 
 
 def _precision(settings: Settings, richness: Any) -> Precision:
     return "float64" if isinstance(richness, int | float) and richness < FLOAT64_BELOW else settings.runtime.precision
-
-
-def _refuse_size(count: int) -> None:
-    raise InvalidInput(f"A study has at most {MAX_TRIALS} trials; this asks for {count} or more. Sweep fewer values.")

@@ -3,39 +3,28 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
-
-from pydantic import ValidationError
+from typing import NamedTuple
 
 from lambda_hat.entropy.spec import EntropySpec, EvaluationSpec, UpdateSpec
-from lambda_hat.llc.plan import ALL, make_plan, make_targets, study_options
+from lambda_hat.llc.plan import ALL, POSTERIOR, SAMPLER, TARGET, make_plan, sampling, targets_of
 from lambda_hat.llc.run import RunSpec
-from lambda_hat.specs.overrides import Assignment, parse_sweep
-from lambda_hat.specs.settings import EntropyExperiment, Settings, explain, lookup, nearest
-from lambda_hat.specs.spec import InvalidInput
+from lambda_hat.specs.grid import DEFAULT, Grid, Limit, Section, study_options, validated
+from lambda_hat.specs.overrides import Sweep, chosen, left, parse_sweep, without
+from lambda_hat.specs.settings import EntropyExperiment, Settings, lookup
+from lambda_hat.specs.spec import InvalidInput, Spec
+from lambda_hat.specs.text import described, listing
 from lambda_hat.targets.policies.spec import PolicySpec
-
-DEFAULT = "default"
 
 #: Of the targets that are policies.
 FAMILY = PolicySpec.model_fields["family"].default
 
 #: A study of more measurements is a typing error.
-MAX_MEASUREMENTS = 10_000
+LIMIT = Limit(10_000, "A study", "measurements")
 
-Key = tuple[str, ...]
-Sweep = dict[Key, Assignment]
+MEASUREMENT = Section("", {"": EntropySpec}, closed=("target",))
 
 _OPTIONS = ("plots", "grad_chunk_size", "tf_batch_size")
-_SAMPLING = ("sampler", "posterior")
-#: The parts of a target that have presets of their own; a policy's are its model and its task alone.
-_TARGET = ("target", "model")
-_BATCHES: dict[str, type[UpdateSpec] | type[EvaluationSpec]] = {"update": UpdateSpec, "evaluation": EvaluationSpec}
-_FIELDS = {name for name in EntropySpec.model_fields if name not in ("target", *_BATCHES)}
-#: Fields that hold several values.
-_LISTS = {("etas",), *((name, field) for name in _BATCHES for field in ("prompt_ids", "prompts", "answers", "sequences"))}
+_SAMPLING = (SAMPLER.name, POSTERIOR.name)
 
 
 class EntropyPlan(NamedTuple):
@@ -68,24 +57,22 @@ def make_entropy_plan(
     name = experiment or DEFAULT
     base = lookup(settings.entropy, "entropy study", name)
     user = parse_sweep(overrides)
+    sweeps = [left(parse_sweep(texts), user) for texts in base.sweeps]
     options = study_options(base, user, _OPTIONS, _plots)
-    user = {path: assignment for path, assignment in user.items() if path[0] not in _OPTIONS}
+    user = without(user, [option for option in _OPTIONS if (option,) in user])
+    alone = settings.model_copy(update={"experiments": {}})
     specs: dict[str, EntropySpec] = {}
     runs: dict[str, RunSpec] = {}
-    for texts in base.sweeps:
-        merged = _over(parse_sweep(texts), user)
-        _check_policies(settings, merged)
-        parts = _parts(merged)
-        checkpoints = [] if ("target", "checkpoint") in merged else [f"target.checkpoint={ALL}"]
-        chosen = [*parts["target"], *checkpoints]
-        targets = make_targets(settings, chosen)
-        for spec in _specs(targets, {path: merged[path] for path in merged if path[0] not in (*_TARGET, *_SAMPLING)}):
+    for sweep in sweeps:
+        if ("target", "checkpoint") not in sweep | user:
+            sweep |= parse_sweep([f"target.checkpoint={ALL}"])
+        samples = sampling(sweep | user)
+        for spec in _specs(settings, without(sweep, _SAMPLING), without(user, _SAMPLING)):
             specs.setdefault(spec.entropy_id, spec)
-            if len(specs) > MAX_MEASUREMENTS:
-                _refuse_size(len(specs))
-        if parts["sampling"]:
-            alone = settings.model_copy(update={"experiments": {}})
-            runs |= {run.run_id: run for run in make_plan(alone, None, [*chosen, *parts["sampling"]])}
+            LIMIT.check(len(specs))
+        if samples:
+            targets = [a.text for path, a in (sweep | user).items() if path[0] in (TARGET.name, *TARGET.components)]
+            runs |= {run.run_id: run for run in make_plan(alone, None, [*targets, *samples])}
     return EntropyPlan(name, list(specs.values()), options, list(runs.values()))
 
 
@@ -97,20 +84,15 @@ def check_entropy(settings: Settings) -> None:
 
 def describe(settings: Settings) -> str:
     """Studies, policies and fields that can be chosen by name, one line each."""
+    batches: dict[str, type[Spec]] = {"update": UpdateSpec, "evaluation": EvaluationSpec}
+    fields = {name: info for name, info in sorted(EntropySpec.model_fields.items()) if name not in ("target", *batches)}
+    fields |= {f"{batch}.{name}": info for batch, cls in batches.items() for name, info in cls.model_fields.items()}
     policies = {name: preset for name, preset in settings.presets.target.items() if preset.fields.get("family") == FAMILY}
-    fields = {name: EntropySpec.model_fields[name].description or "" for name in sorted(_FIELDS)}
-    for batch, cls in _BATCHES.items():
-        fields |= {f"{batch}.{name}": field.description or "" for name, field in cls.model_fields.items()}
-    tables = {
-        "Entropy studies": {name: study.description for name, study in settings.entropy.items()},
-        "Presets: target=": {name: preset.description for name, preset in policies.items()},
-        "Fields of a measurement": fields,
-    }
-    width = max(len(name) for table in tables.values() for name in table)
-    return "\n\n".join(
-        "\n".join([title, *(f"  {name:{width}}  {text}".rstrip() for name, text in table.items())])
-        for title, table in tables.items()
-    )
+    return listing({
+        "Entropy studies": described(settings.entropy),
+        "Presets: target=": described(policies),
+        "Fields of a measurement": described(fields),
+    })  # fmt: skip
 
 
 def _plots() -> list[str]:
@@ -119,76 +101,26 @@ def _plots() -> list[str]:
     return list(PLOTS)
 
 
-def _over(sweep: Sweep, user: Sweep) -> Sweep:
-    """The sweep's assignments that no override replaces, and the overrides."""
-    replaced = {path for path in sweep if any(path[: len(new)] == new for new in user)}
-    return {path: assignment for path, assignment in sweep.items() if path not in replaced} | user
-
-
-def _check_policies(settings: Settings, sweep: Sweep) -> None:
-    for name in sweep[("target",)].values if ("target",) in sweep else []:
+def _specs(settings: Settings, sweep: Sweep, user: Sweep) -> list[EntropySpec]:
+    """The measurements of one sweep."""
+    names = chosen("target", [sweep | user])
+    if not names:
+        raise InvalidInput("An entropy study needs a policy; got no target. Choose with target=NAME; --list has policies.")
+    for name in names:
         family = lookup(settings.presets.target, "target preset", name).fields.get("family")
         if family != FAMILY:
             raise InvalidInput(
                 f"An entropy study is of policies; {name!r} is a target of family {family!r}. --list has policies."
             )
-
-
-def _parts(sweep: Sweep) -> dict[str, list[str]]:
-    """The texts of the assignments that are about targets and about their sampling."""
-    texts = {
-        part: [assignment.text for path, assignment in sweep.items() if path[0] in heads]
-        for part, heads in (("target", _TARGET), ("sampling", _SAMPLING))
-    }
-    if texts["sampling"] and ("sampler",) not in sweep:
-        raise InvalidInput(f"{texts['sampling'][0]} is of sampling, which a study does with sampler=NAME; got none.")
-    return texts
-
-
-def _specs(targets: list[Any], sweep: Sweep) -> Iterator[EntropySpec]:
-    for assignment in sweep.values():
-        path = assignment.path
-        known = path in {(name,) for name in _FIELDS} or (path[0] in _BATCHES and path[1:] in _inside(path[0]))
-        if not known:
-            names = _FIELDS | {f"{batch}.{field}" for batch in _BATCHES for (field,) in _inside(batch)}
-            remedy = nearest(assignment.key, names | {*_OPTIONS, *_SAMPLING, "target"})
-            if path[0] in _OPTIONS:  # of a sweep in the settings
-                remedy = "Set it once for the whole study, beside its sweeps."
-            raise InvalidInput(
-                f"Override {assignment.text!r}: a key must be a field of a measurement, of its batches, of the policy or of "
-                f"the study; got {assignment.key!r}. {remedy}"
-            )
-    for target in targets:
-        if not isinstance(target, PolicySpec):
-            raise InvalidInput(
-                f"An entropy study is of policies; got a target of family {target.family!r}. --list has policies."
-            )
-    values = {path: _values(path, assignment) for path, assignment in sweep.items()}
-    size = len(targets) * math.prod(map(len, values.values()))
-    if size > MAX_MEASUREMENTS:
-        _refuse_size(size)
-    for target, *combination in itertools.product(targets, *values.values()):
-        fields: dict[str, Any] = {"target": target.model_dump(mode="json")}
-        for path, value in zip(values, combination, strict=True):
-            (fields if len(path) == 1 else fields.setdefault(path[0], {}))[path[-1]] = value
-        try:
-            yield EntropySpec.from_dict(fields)
-        except ValidationError as error:
-            raise explain(error, EntropySpec, lambda _: "Override it, or correct the study.", "measurement") from None
-
-
-def _values(path: Key, assignment: Assignment) -> list[Any]:
-    """The values a key sweeps over; of a list, values that are none are together one."""
-    if path in _LISTS and not any(isinstance(value, tuple) for value in assignment.values):
-        return [assignment.values]
-    return list(assignment.values)
-
-
-def _inside(batch: str) -> set[Key]:
-    return {(name,) for name in _BATCHES[batch].model_fields}
-
-
-def _refuse_size(count: int) -> None:
-    raise InvalidInput(
-        f"A study has at most {MAX_MEASUREMENTS} measurements; this asks for {count} or more. Sweep fewer values."
-    )
+    grid = Grid(
+        settings.presets, (TARGET, MEASUREMENT), LIMIT, user, {"target": names},
+        "a measurement, of its batches, of the policy or of the study", _OPTIONS, _SAMPLING,
+    )  # fmt: skip
+    targets = [spec for name in names for spec in targets_of(settings, grid, name, sweep)]
+    tables = list(grid.tables(MEASUREMENT, DEFAULT, sweep))
+    grid.check_applied([sweep, user])
+    LIMIT.check(len(targets) * len(tables))
+    return [
+        validated(EntropySpec, fields | {"target": target.model_dump(mode="json")}, "measurement")
+        for target, fields in itertools.product(targets, tables)
+    ]

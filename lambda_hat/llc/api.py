@@ -18,7 +18,7 @@ from tqdm import tqdm
 from lambda_hat.compute.chunks import Progress
 from lambda_hat.llc.diagnostics import Diagnosis, diagnose
 from lambda_hat.llc.estimates import to_arviz
-from lambda_hat.llc.plan import CLASSES
+from lambda_hat.llc.plan import SAMPLER
 from lambda_hat.llc.plots import RUN_PLOTS, TARGET_PLOTS
 from lambda_hat.llc.run import RunSpec, batches
 from lambda_hat.llc.sampling import Run, lane_width, sample_runs
@@ -281,7 +281,7 @@ def _run_spec(
         "parameters": (parameters,) if isinstance(parameters, str) else parameters,
     }  # fmt: skip
     given = sampler.model_dump() if isinstance(sampler, SamplerSpec) else {"kind": sampler}
-    kind = CLASSES["sampler"].get(str(given["kind"]))
+    kind = SAMPLER.classes.get(str(given["kind"]))
     if kind is not None:
         known = {*ARGUMENTS, *kind.model_fields} - {"kind"}
         for name in fields:

@@ -10,14 +10,16 @@ data.path="a, b"              quotes, single or double, for text with any of , =
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Never, TypeAlias
+from typing import Any, Never, TypeAlias
 
 from lambda_hat.specs.spec import InvalidInput
 
+KeyPath = tuple[str, ...]
 Value: TypeAlias = "int | float | bool | str | tuple[Value, ...] | None"
 
 #: More values in one sweep are a typing error, and would be made before anything could refuse them.
@@ -42,13 +44,17 @@ _WORDS = {"true": True, "false": False, "none": None, "null": None}
 class Assignment:
     """One override: the key's parts, the values it sweeps (distinct, in order), and the text it was written as."""
 
-    path: tuple[str, ...]
+    path: KeyPath
     values: tuple[Value, ...]
     text: str
 
     @property
     def key(self) -> str:
         return ".".join(self.path)
+
+
+#: Assignments by the path of their key.
+Sweep = dict[KeyPath, Assignment]
 
 
 def parse(text: str) -> Assignment:
@@ -73,17 +79,33 @@ def parse(text: str) -> Assignment:
     return Assignment(path, values, text)
 
 
-def parse_sweep(texts: Iterable[str]) -> dict[tuple[str, ...], Assignment]:
-    """The assignments of one sweep by the path of their key.
+def parse_sweep(texts: Iterable[str]) -> Sweep:
+    """The assignments of one sweep.
 
     Raises:
       InvalidInput: a text is not of the grammar, or a key is given twice.
     """
-    sweep: dict[tuple[str, ...], Assignment] = {}
+    sweep: Sweep = {}
     for assignment in map(parse, texts):
         if (first := sweep.setdefault(assignment.path, assignment)) is not assignment:
             _refuse(assignment.text, f"a sweep sets a key once; {first.text!r} sets it too", "Join the values with commas.")
     return sweep
+
+
+def chosen(name: str, sweeps: Iterable[Sweep]) -> list[Any]:
+    """The presets of a section which the sweeps name, each once."""
+    values = (sweep[(name,)].values for sweep in sweeps if (name,) in sweep)
+    return list(dict.fromkeys(itertools.chain.from_iterable(values)))
+
+
+def left(sweep: Sweep, user: Sweep) -> Sweep:
+    """What overrides leave of a sweep: they replace the same key and what is inside it."""
+    return {path: assignment for path, assignment in sweep.items() if not any(path[: len(new)] == new for new in user)}
+
+
+def without(sweep: Sweep, heads: Collection[str]) -> Sweep:
+    """The assignments whose keys do not begin with one of `heads`."""
+    return {path: assignment for path, assignment in sweep.items() if path[0] not in heads}
 
 
 def _refuse(text: str, rule: str, remedy: str) -> Never:

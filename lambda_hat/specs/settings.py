@@ -250,8 +250,8 @@ def lookup(table: Mapping[str, T], what: str, name: Any) -> T:
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The models an annotation holds, alone or as members of a union."""
-    members = (annotation, *get_args(annotation))
+    """The models an annotation is of, alone or as members of a union; not those in a list."""
+    members = () if get_origin(annotation) is tuple else (annotation, *get_args(annotation))
     return [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
 
 

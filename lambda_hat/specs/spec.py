@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -37,9 +37,14 @@ class InvalidInput(ValueError):
 
 
 class Spec(BaseModel):
-    """Base of all specs: immutable, hashable, unknown fields refused, NaN and infinity refused."""
+    """Base of all specs: immutable, hashable, unknown fields refused, NaN and infinity refused.
+
+    rivals: for a field, those that decide the same thing; where an override sets it, they fall to their defaults.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    rivals: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Self:

@@ -1,9 +1,9 @@
-"""Numbers as people read them."""
+"""Numbers, values and names as people read them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 #: Of an llc that the prior holds, from which it is said.
@@ -57,3 +57,17 @@ def is_power_of_two(value: float) -> bool:
 def power(base: int, exponent: float) -> str:
     """base^exponent with a raised exponent."""
     return f"{base}" + f"{exponent:.0f}".translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def listing(tables: Mapping[str, Mapping[str, str]]) -> str:
+    """Names and what they are, one line each, under titles."""
+    width = max(len(name) for table in tables.values() for name in table)
+    return "\n\n".join(
+        "\n".join([title, *(f"  {name:{width}}  {text}".rstrip() for name, text in table.items())])
+        for title, table in tables.items()
+    )
+
+
+def described(table: Mapping[str, Any]) -> dict[str, str]:
+    """The descriptions of presets, experiments or fields, by name."""
+    return {name: entry.description or "" for name, entry in table.items()}

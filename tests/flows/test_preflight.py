@@ -11,7 +11,7 @@ import pytest
 
 from flows import batch_size, entropy, orchestration, sweep
 from lambda_hat.llc.artifacts import build_target, diagnose_run, publish_target, sample_batch
-from lambda_hat.llc.plan import make_plan, make_targets
+from lambda_hat.llc.plan import make_plan
 from lambda_hat.specs.settings import load_settings
 from lambda_hat.store.store import Store
 from lambda_hat.targets import data
@@ -245,7 +245,9 @@ def test_a_file_of_arrays(refused, tmp_path, monkeypatch, damage):
 def test_files_that_the_work_left_does_not_need(command, settings_file, tmp_path, monkeypatch):
     """What is built is in the store with its data."""
     monkeypatch.setenv(data.FASHION_MNIST_VARIABLE, str(tmp_path / "nowhere"))
-    fashion, bowl = make_targets(load_settings(settings_file), ["target=fashion,bowl"])
+    fashion, bowl = (
+        run.target for run in make_plan(load_settings(settings_file), None, ["target=fashion,bowl", "sampler=hmc"])
+    )
     publish_target(dataclasses.replace(bowl.build(), spec=fashion), Store(str(tmp_path / "store")))
     assert command("sweep", "--dry-run", "target=fashion").status == 0
 

@@ -285,3 +285,25 @@ def test_committed_settings():
     for name, entry in ((name, entry) for table in described for name, entry in table.items()):
         assert entry.description
         assert any(line.split() == [name, *entry.description.split()] for line in text.splitlines())
+
+
+def test_keys_apply_to_the_kind_a_preset_names():
+    """The two models of policies have other fields."""
+    files = {"kind": "pretrained", "path": "files", "sha256": "0" * 64}
+    targets = {
+        "small": {"family": "policy"},
+        "large": {"family": "policy", "task": {"kind": "few_shot_addition"}, "model": files, "warm_start": {"max_steps": 0}},
+    }
+    settings = Settings(presets=PRESETS | {"target": targets})
+    runs = make_plan(settings, None, ["target=small,large", "sampler=hmc", "model.width=8,16"])
+    assert [getattr(run.target.model, "width", None) for run in runs] == [8, 16, None]
+    with pytest.raises(InvalidInput, match=r"got 'model\.width'"):
+        make_plan(settings, None, ["target=large", "sampler=hmc", "model.width=8"])
+
+
+def test_a_list_needs_no_brackets():
+    def widths(text):
+        return [run.target.widths for run in make_plan(SETTINGS, None, ["target=dln", "sampler=hmc", text])]
+
+    assert widths("target.widths=6,3,6") == widths("target.widths=[6,3,6]") == [(6, 3, 6)]
+    assert widths("target.widths=[6,3],[3,6]") == [(6, 3), (3, 6)]

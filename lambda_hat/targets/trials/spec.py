@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -32,6 +32,8 @@ class TrialSpec(TargetSpec):
     hidden layers with mup, else 1. rate_rule "original" has w = sqrt(N) of all weights with adam and mup, which does not
     carry over from one width to another; "raw" leaves g out.
     """
+
+    rivals: ClassVar = {"num_steps": ("num_epochs",), "num_epochs": ("num_steps",)}
 
     family: Literal["trial"] = "trial"
     task: AnyTask = ImagesTask()
