@@ -162,9 +162,12 @@ def validated(cls: type[AnySpec], fields: dict[str, Any], where: str) -> AnySpec
 
 
 def swept(annotation: Any, values: tuple[Value, ...]) -> tuple[Value, ...]:
-    """The values of a field that a key sweeps over; of a list, values without brackets are together one."""
+    """The values of a field that a key sweeps over, each once; of a list, values without brackets are together one."""
     is_list = any(get_origin(member) is tuple for member in (annotation, *get_args(annotation)))
-    return (values,) if is_list and not any(value is None or isinstance(value, tuple) for value in values) else values
+    if is_list and not any(value is None or isinstance(value, tuple) for value in values):
+        return (values,)
+    # 1, 1.0 and True are equal in Python but not the same value of a field.
+    return tuple({repr(value): value for value in values}.values())
 
 
 def study_options(

@@ -42,7 +42,7 @@ _WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 @dataclass(frozen=True)
 class Assignment:
-    """One override: the key's parts, the values it sweeps (distinct, in order), and the text it was written as."""
+    """One override: the key's parts, its values in order, and the text it was written as."""
 
     path: KeyPath
     values: tuple[Value, ...]
@@ -58,7 +58,7 @@ Sweep = dict[KeyPath, Assignment]
 
 
 def parse(text: str) -> Assignment:
-    """Parses `key=value[,value...]`. A value given twice counts once.
+    """Parses `key=value[,value...]`.
 
     Raises:
       InvalidInput: the text is not of the grammar.
@@ -74,9 +74,7 @@ def parse(text: str) -> Assignment:
             "Write for example sampler.num_chains=4.",
         )
     tokens = _tokens(text, right)
-    # 1, 1.0 and True are equal in Python but not the same value of a field.
-    values = tuple({repr(value): value for value in _items(text, tokens, "end", 0)}.values())
-    return Assignment(path, values, text)
+    return Assignment(path, tuple(_items(text, tokens, "end", 0)), text)
 
 
 def parse_sweep(texts: Iterable[str]) -> Sweep:

@@ -307,3 +307,10 @@ def test_a_list_needs_no_brackets():
 
     assert widths("target.widths=6,3,6") == widths("target.widths=[6,3,6]") == [(6, 3, 6)]
     assert widths("target.widths=[6,3],[3,6]") == [(6, 3), (3, 6)]
+
+
+def test_a_value_given_twice_counts_once():
+    runs = make_plan(
+        SETTINGS, None, ["target=mlp,mlp", "sampler=hmc", "posterior=strong,strong", "target.seed=1,1,2", "model=small,small"]
+    )
+    assert [run.target.seed for run in runs] == [1, 2]
