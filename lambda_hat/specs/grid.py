@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar, cast, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from lambda_hat.specs.overrides import Assignment, KeyPath, Sweep, Value, chosen
+from lambda_hat.specs.overrides import Assignment, KeyPath, Sweep, Value, chosen, plain
 from lambda_hat.specs.settings import EntropyExperiment, Preset, Presets, StudyExperiment, explain, lookup, models_in, nearest
 from lambda_hat.specs.spec import InvalidInput, Spec
 
@@ -88,7 +88,7 @@ class Grid:
         set_here = self._set_here(section, name, cls, str(base.get(section.tag, "")), sweep)
         parts = {(part,): set_here[(part,)] for part in section.components if part in cls.model_fields and (part,) in set_here}
         for names in itertools.product(*(assignment.values for assignment in parts.values())):
-            presets = {part: _component(self.presets, part, value) for (part,), value in zip(parts, names, strict=True)}
+            presets = {part: _component(self.presets, part, plain(value)) for (part,), value in zip(parts, names, strict=True)}
             known = _keys(cls, base | presets, section.closed)
             own = {path: set_here[path] for path in sorted(set_here, key=len) if path in known and path not in parts}
             self.applied |= {*parts.values(), *own.values()}
@@ -138,7 +138,7 @@ class Grid:
             for name in self.names.get(section.name, [DEFAULT]):
                 base = _fields(self.presets, section, name)
                 choices = {part: self.user[(part,)].values[0] for part in section.components if (part,) in self.user}
-                base |= {part: _component(self.presets, part, value) for part, value in choices.items()}
+                base |= {part: _component(self.presets, part, plain(value)) for part, value in choices.items()}
                 for path in _keys(_class(section, base, name), base, section.closed):
                     alone = path[0] in section.components or not section.name
                     yield ".".join(path if alone else (section.name, *path))
@@ -297,7 +297,7 @@ def _set(fields: dict[str, Any], path: KeyPath, value: Value, rivals: Iterable[K
         if not isinstance(fields.get(part), dict):
             fields[part] = {}
         fields = fields[part]
-    fields[path[-1]] = value
+    fields[path[-1]] = plain(value)
     for rival in rivals:
         fields.pop(rival[-1], None)
 

@@ -5,7 +5,8 @@ sampler.step_size=1e-5,1e-6   commas sweep
 target.seed=range(1,4)        Python's range over integers: 1, 2, 3
 eta=2**range(-3,2)            powers: 0.125, 0.25, 0.5, 1, 2; 2**-3 is one value
 target.widths=[5,3,5]         a list is one value; [5,3,5],[10,10] sweeps two lists; [] is an empty one
-data.path="a, b"              quotes, single or double, for text with any of , = [ ] ( ) or spaces, or that looks like a number
+data.teacher={depth=1}        a table is one value, as in TOML, or in JSON: {"depth": 1}; lists and tables hold one another
+data.path="a, b"              quotes, single or double, for text with spaces or any of , = [ ] { } ( ), or that looks like a number
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Never, TypeAlias
 
 from lambda_hat.specs.spec import InvalidInput
 
 KeyPath = tuple[str, ...]
-Value: TypeAlias = "int | float | bool | str | tuple[Value, ...] | None"
+Value: TypeAlias = "int | float | bool | str | tuple[Value, ...] | Table | None"
 
 #: More values in one sweep are a typing error, and would be made before anything could refuse them.
 MAX_VALUES = 10_000
@@ -29,15 +30,24 @@ MAX_DEPTH = 8
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
-_TOKEN = re.compile(
-    r"""\s*(?: (?P<quoted> "[^"]*" | '[^']*' ) | (?P<range> ([^\[\],()='"\s*]+ \s*\*\*\s*)? range\s*\( [^()]* \) )
-    | (?P<mark> [\[\],] ) | (?P<bare> [^\[\],()='"\s]+ ) | (?P<end> \Z ) )\s*""",
-    re.VERBOSE,
-)
+_QUOTED = re.compile(r"""("[^"]*"|'[^']*')\s*""")
+_RANGE = re.compile(r"""([^\[\]{},()='"\s*]+\s*\*\*\s*)?range\s*\([^()]*\)\s*""")
+_BARE = re.compile(r"""[^\[\]{},()='"\s]+\s*""")
+_ENTRY = re.compile(rf"""(?P<quote>["']?)(?P<name>{NAME.pattern})(?P=quote)\s*[=:]\s*""")
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _POWER = re.compile(r"(?P<base>[^\s*]+)\s*\*\*\s*(?P<exponent>.*)", re.DOTALL)
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of values that, unlike a dict, cannot change and can be hashed."""
+
+    entries: tuple[tuple[str, Value], ...]
+
+    def __repr__(self) -> str:
+        return f"{{{', '.join(f'{name}={value!r}' for name, value in self.entries)}}}"
 
 
 @dataclass(frozen=True)
@@ -73,8 +83,7 @@ def parse(text: str) -> Assignment:
             f"a key is names joined by dots, each of letters, digits, _ and -; got {key!r}",
             "Write for example sampler.num_chains=4.",
         )
-    tokens = _tokens(text, right)
-    return Assignment(path, tuple(_items(text, tokens, "end", 0)), text)
+    return Assignment(path, tuple(_Reader(text, right.strip()).items("", 0)), text)
 
 
 def parse_sweep(texts: Iterable[str]) -> Sweep:
@@ -88,6 +97,13 @@ def parse_sweep(texts: Iterable[str]) -> Sweep:
         if (first := sweep.setdefault(assignment.path, assignment)) is not assignment:
             _refuse(assignment.text, f"a sweep sets a key once; {first.text!r} sets it too", "Join the values with commas.")
     return sweep
+
+
+def plain(value: Value) -> Any:
+    """The value as JSON has it: lists for tuples, dicts for tables."""
+    if isinstance(value, Table):
+        return {name: plain(item) for name, item in value.entries}
+    return [plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def chosen(name: str, sweeps: Iterable[Sweep]) -> list[Any]:
@@ -110,50 +126,80 @@ def _refuse(text: str, rule: str, remedy: str) -> Never:
     raise InvalidInput(f"Override {text!r}: {rule}. {remedy}")
 
 
-def _tokens(text: str, right: str) -> Iterator[tuple[str, str]]:
-    """(kind, content) of each token; the last is ("end", "")."""
-    position = 0
-    while True:
-        match = _TOKEN.match(right, position)
-        if match is None or match.lastgroup is None:
-            _refuse(
-                text, f"{right[position:].strip()!r} is no value", "Check brackets and quotes; quote text with , = ( ) [ ]."
-            )
-        kind, position = match.lastgroup, match.end()
-        yield kind, match[kind]
-        if kind == "end":
-            return
+class _Reader:
+    """Reads the values of an override from the left."""
 
+    def __init__(self, text: str, right: str) -> None:
+        self.text, self.rest = text, right
 
-def _items(text: str, tokens: Iterator[tuple[str, str]], closing: str, depth: int) -> list[Value]:
-    """The comma-separated items up to `closing` ("]" or "end")."""
-    items: list[Value] = []
-    while True:
-        kind, content = next(tokens)
-        if closing == content and not items:
+    def items(self, closing: str, depth: int) -> list[Value]:
+        """The comma-separated items up to `closing`; "" is the end."""
+        items: list[Value] = []
+        if closing and self._mark(closing):
             return items
-        if kind == "range":
+        while True:
+            items.extend(self._item(depth))
+            if len(items) > MAX_VALUES:
+                _refuse(self.text, f"a sweep has at most {MAX_VALUES} values", "Sweep fewer.")
+            if self._ends(closing):
+                return items
+
+    def _item(self, depth: int) -> Iterable[Value]:
+        if depth > MAX_DEPTH:
+            _refuse(self.text, f"lists and tables nest at most {MAX_DEPTH} deep", "Check the brackets.")
+        if content := self._take(_RANGE):
             if depth:
-                _refuse(text, "range(...) sweeps, so it cannot stand in a list", "Write the numbers of the list out.")
-            items.extend(_range(text, content))
-        elif kind == "quoted":
-            items.append(content[1:-1])
-        elif kind == "bare":
-            items.append(_scalar(text, content))
-        elif content == "[":
-            if depth == MAX_DEPTH:
-                _refuse(text, f"lists nest at most {MAX_DEPTH} deep", "Check the brackets.")
-            items.append(tuple(_items(text, tokens, "]", depth + 1)))
-        else:
-            _refuse(text, "an item is empty", "Give a value after '=', and between commas; [] is an empty list.")
-        if len(items) > MAX_VALUES:
-            _refuse(text, f"a sweep has at most {MAX_VALUES} values", "Sweep fewer.")
-        kind, content = next(tokens)
-        if closing in (kind, content):
-            return items
-        if content != ",":
-            got = "the end" if kind == "end" else repr(content)
-            _refuse(text, f"a comma or {closing!r} must follow an item; got {got}", "Check commas, brackets and quotes.")
+                _refuse(self.text, "range(...) sweeps, so it cannot stand in a list or a table", "Write the numbers out.")
+            return _range(self.text, content)
+        if content := self._take(_QUOTED):
+            return [content[1:-1]]
+        if content := self._take(_BARE):
+            return [_scalar(self.text, content)]
+        if self._mark("["):
+            return [tuple(self.items("]", depth + 1))]
+        if self._mark("{"):
+            return [self._table(depth + 1)]
+        if not self.rest or self.rest[0] in ",]}":
+            _refuse(self.text, "an item is empty", "Give a value after '=', and between commas; [] is an empty list.")
+        _refuse(self.text, f"{self.rest!r} is no value", "Check brackets and quotes; quote text with , = ( ) [ ] { }.")
+
+    def _table(self, depth: int) -> Table:
+        entries: dict[str, Value] = {}
+        if self._mark("}"):
+            return Table(())
+        while True:
+            if not (match := _ENTRY.match(self.rest)):
+                _refuse(
+                    self.text, f"a table is {{name=value, ...}}; got {self.rest!r}", "Write for example {depth=1, width=4}."
+                )
+            if match["name"] in entries:
+                _refuse(self.text, f"a table sets a name once; got {match['name']!r} twice", "Leave one out.")
+            self.rest = self.rest[match.end() :]
+            (entries[match["name"]],) = self._item(depth)
+            if self._ends("}"):
+                return Table(tuple(entries.items()))
+
+    def _ends(self, closing: str) -> bool:
+        """Whether `closing` follows an item, or else a comma."""
+        if not self.rest if not closing else self._mark(closing):
+            return True
+        if not self._mark(","):
+            got = repr(_BARE.match(self.rest)[0] if _BARE.match(self.rest) else self.rest[0]) if self.rest else "the end"
+            _refuse(
+                self.text, f"a comma or {closing or 'the end'} must follow an item; got {got}",
+                "Check commas, brackets and quotes; quote text with , = ( ) [ ] { }.",
+            )  # fmt: skip
+        return False
+
+    def _take(self, pattern: re.Pattern[str]) -> str:
+        match = pattern.match(self.rest)
+        self.rest = self.rest[match.end() :] if match else self.rest
+        return match[0].strip() if match else ""
+
+    def _mark(self, mark: str) -> bool:
+        there = self.rest.startswith(mark)
+        self.rest = self.rest[len(mark) :].lstrip() if there else self.rest
+        return there
 
 
 def _range(text: str, content: str) -> Iterable[Value]:

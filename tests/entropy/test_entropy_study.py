@@ -17,11 +17,11 @@ from lambda_hat.entropy.batches import draw_evaluation, draw_update, features
 from lambda_hat.entropy.measure import chunk_sizes, in_bfloat16, measure
 from lambda_hat.entropy.plan import check_entropy, describe, make_entropy_plan
 from lambda_hat.entropy.sequences import all_token_stats
-from lambda_hat.entropy.spec import EntropySpec, EvaluationSpec, UpdateSpec
+from lambda_hat.entropy.spec import EntropySpec, EvaluationSpec, SequenceSpec, UpdateSpec
 from lambda_hat.entropy.study import influence_table
 from lambda_hat.entropy.summary import preview, table
 from lambda_hat.llc import artifacts as steps
-from lambda_hat.specs.settings import Settings, load_settings
+from lambda_hat.specs.settings import EntropyExperiment, Settings, load_settings
 from lambda_hat.specs.spec import InvalidInput
 from lambda_hat.store.arrays import unpack_arrays
 from lambda_hat.store.manifest import entropy_address, target_address
@@ -113,8 +113,41 @@ def test_options_are_the_studys_own():
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "update.sequences=[{prompt='1+1=', completion='2', reward=1}, {prompt='1+1=', completion='0, 1', reward=0}]",
+        "update.sequences={prompt='1+1=',completion='2',reward=1},{prompt='1+1=',completion='0, 1',reward=0}",
+        'update.sequences=[{"prompt": "1+1=", "completion": "2", "reward": 1.0}, '
+        '{"prompt": "1+1=", "completion": "0, 1", "reward": 0}]',
+        "update={num_completions=2, num_prompts=3, "
+        "sequences=[{prompt='1+1=',completion='2',reward=1},{prompt='1+1=',completion='0, 1',reward=0}]}",
+    ],
+)
+def test_sequences_are_written_as_tables(text):
+    sequences = tuple(
+        SequenceSpec(prompt="1+1=", completion=text, reward=reward) for text, reward in (("2", 1.0), ("0, 1", 0.0))
+    )
+    update = UpdateSpec(num_prompts=3, num_completions=2, sequences=sequences)
+    made = make_entropy_plan(SETTINGS, None, ["target.checkpoint=4"]).specs[0].model_copy(update={"update": update})
+    overrides = ["target.checkpoint=4", *(["update.num_completions=2"] if text.startswith("update.") else []), text]
+    for settings, given in ((SETTINGS, overrides), (settings_with(overrides), [])):
+        (spec,) = make_entropy_plan(settings, None, given).specs
+        assert spec == made
+        assert spec.entropy_id == made.entropy_id
+
+
+def settings_with(overrides):
+    sweep = ["target=policy", "evaluation.num_prompts=32", "update.num_prompts=3", *overrides]
+    return SETTINGS.model_copy(update={"entropy": {"default": EntropyExperiment(sweeps=[sweep])}})
+
+
+@pytest.mark.parametrize(
     ("overrides", "match"),
     [
+        (["update.sequences={prompt=a, completion=b}"], "measurement.update.sequences[0].reward must be given"),
+        (["update.sequences=[{promt=a}]"], "sequences[0].promt is no field that exists. Did you mean 'prompt'?"),
+        (["update.sequences.prompt=a"], "got 'update.sequences.prompt'"),
+        (["update.sequences=3"], "update.sequences[0] must be a table of fields; got 3"),
         (["target=bowl"], "study is of policies; 'bowl' is a target of family 'quadratic'"),
         (["evaluation.num_prompt=3"], "Did you mean 'evaluation.num_prompts'"),
         (["eta=0.1"], "Did you mean 'etas'"),

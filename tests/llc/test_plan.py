@@ -172,7 +172,7 @@ def test_posterior_default_is_a_preset_if_there_is_one():
         (["sampler=nuts"], ["sampler preset", "got 'nuts'", "Known: adam, hmc, sgld."]),
         (["target=3"], ["target preset", "got 3"]),
         (["model=smal"], ["model preset", "Did you mean 'small'?"]),
-        (["model=[1,2]"], ["model preset", "got (1, 2)"]),
+        (["model=[1,2]"], ["model preset", "got [1, 2]"]),
         (["posterior=weak"], ["posterior preset", "got 'weak'"]),
         (["sampler.stepsize=1"], ["sampler.stepsize=1", "must be a field", "Did you mean 'sampler.step_size'?"]),
         (["sampler.sgld.stepsize=1"], ["Did you mean 'sampler.sgld.step_size'?"]),
@@ -314,3 +314,17 @@ def test_a_value_given_twice_counts_once():
         SETTINGS, None, ["target=mlp,mlp", "sampler=hmc", "posterior=strong,strong", "target.seed=1,1,2", "model=small,small"]
     )
     assert [run.target.seed for run in runs] == [1, 2]
+
+
+def test_tables_are_values():
+    def teachers(*texts):
+        runs = make_plan(SETTINGS, None, [*ONE, *texts])
+        return [(run.target.data.teacher.depth, run.target.data.teacher.width) for run in runs]
+
+    assert teachers("data.teacher={depth=3, width=1}", "data.teacher.width=5") == [(3, 5)]
+    assert teachers("data.teacher={width=1},{depth=2,width=7}") == [(1, 1), (2, 7)]
+    # In place of a preset.
+    runs = make_plan(SETTINGS, None, [*ONE, "model={depth=3},small"])
+    assert [run.target.model.depth for run in runs] == [3, 1]
+    with pytest.raises(InvalidInput, match=r"model\.widht is no field that exists\. Did you mean 'width'\?"):
+        make_plan(SETTINGS, None, [*ONE, "model={widht=3}"])

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lambda_hat.specs.overrides import MAX_VALUES, Assignment, parse, parse_sweep
+from lambda_hat.specs.overrides import MAX_VALUES, Assignment, Table, parse, parse_sweep, plain
 from lambda_hat.specs.spec import InvalidInput
 
 
@@ -36,6 +36,8 @@ from lambda_hat.specs.spec import InvalidInput
         ("a=''", ("a",), ("",)),
         ("a=./data/x.csv", ("a",), ("./data/x.csv",)),
         ("a=1e,nan,ranger", ("a",), ("1e", "nan", "ranger")),
+        ("a={b=1, c='x, y'}", ("a",), (Table((("b", 1), ("c", "x, y"))),)),
+        ("a={},{b=mod:f}", ("a",), (Table(()), Table((("b", "mod:f"),)))),
     ],
 )
 def test_grammar(text, path, values):
@@ -59,11 +61,11 @@ def test_grammar(text, path, values):
         ("a=[1,]", "an item is empty"),
         ("a=[,1]", "an item is empty"),
         ("a=]", "an item is empty"),
-        ("a=[1,2", "']' must follow an item; got the end"),
+        ("a=[1,2", "a comma or ] must follow an item; got the end"),
         ("a=1]", "must follow an item; got ']'"),
         ("a=[1 2]", "must follow an item; got '2'"),
         ("a='x", "is no value"),
-        ("a=b=c", "'=c' is no value"),
+        ("a=b=c", "a comma or the end must follow an item; got '='"),
         ("a=(1,2)", "is no value"),
         ("a=0**range(1,3)", "a power is of a positive number"),
         ("a=x**range(1,3)", "a power is of a positive number"),
@@ -74,11 +76,24 @@ def test_grammar(text, path, values):
         ("a=range(1,2.5)", "two or three integers; got range(1,2.5)"),
         ("a=range(3)", "two or three integers"),
         ("a=range(3,1)", "range(3,1) is empty"),
-        ("a=range(1,4", "is no value"),
+        ("a=range(1,4", "a comma or the end must follow an item; got '('"),
         ("a=[range(1,4)]", "cannot stand in a list"),
         (f"a=range(0,{MAX_VALUES + 1})", "at most 10000 values"),
         ("a=" + "9" * 5000, "at most 300 digits"),
         ("a=" + "[" * 5000, "nest at most 8 deep"),
+        ("a=" + "{b=" * 5000, "nest at most 8 deep"),
+        ("a={b=1", "a comma or } must follow an item; got the end"),
+        ("a={b=1]", "a comma or } must follow an item; got ']'"),
+        ("a={b=1 c=2}", "a comma or } must follow an item; got 'c'"),
+        ("a={b=}", "an item is empty"),
+        ("a={b=1,}", "a table is {name=value, ...}; got '}'"),
+        ("a={1}", "a table is {name=value, ...}; got '1}'"),
+        ("a={'b c'=1}", "a table is {name=value, ...}"),
+        ("a={\"b'=1}", "a table is {name=value, ...}"),
+        ("a={b=1, b=2}", "a table sets a name once; got 'b' twice"),
+        ("a={b=range(1,3)}", "cannot stand in a list or a table"),
+        ("a=b}", "a comma or the end must follow an item; got '}'"),
+        ("a={b=1}{b=2}", "a comma or the end must follow an item; got '{'"),
     ],
 )
 def test_malformed(text, words):
@@ -88,13 +103,29 @@ def test_malformed(text, words):
     assert (repr(text) if len(text) <= 160 else repr(text)[:121]) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "u=[{p='1+1=', n=[1, 2], t={x=true, y=none}}, {}], {p=1e-2}",
+        'u=[{"p": "1+1=", "n": [1, 2], "t": {"x": true, "y": null}}, {}], {"p": 1e-2}',
+        "u = [ { p:'1+1=',n : [1,2] , t={x:true,y=null} } , { } ],{ p = 1e-2 }",
+    ],
+)
+def test_tables_are_those_of_toml_and_of_json(text):
+    assignment = parse(text)
+    assert [plain(value) for value in assignment.values] == [
+        [{"p": "1+1=", "n": [1, 2], "t": {"x": True, "y": None}}, {}], {"p": 0.01},
+    ]  # fmt: skip
+    assert hash(assignment) == hash(parse(text))
+
+
 def test_key_once_in_a_sweep():
     assert list(parse_sweep(["a=1", "a.b=2"])) == [("a",), ("a", "b")]
     with pytest.raises(InvalidInput, match=r"a = 2.*sets a key once; 'a=1' sets it too\. Join the values"):
         parse_sweep(["a=1", "b=2", "a = 2"])
 
 
-@given(st.text() | st.text("ab.=,[]()'\"range19e-+ \n").map(lambda text: f"a={text}"))
+@given(st.text() | st.text("ab.=,[]{}:()'\"range19e-+ \n").map(lambda text: f"a={text}"))
 @example("a=range(1,99999999999999999999)")
 @example("a=\x00")
 @example("a=١")
