@@ -6,7 +6,7 @@ target.seed=range(1,4)        Python's range over integers: 1, 2, 3
 eta=2**range(-3,2)            powers: 0.125, 0.25, 0.5, 1, 2; 2**-3 is one value
 target.widths=[5,3,5]         a list is one value; [5,3,5],[10,10] sweeps two lists; [] is an empty one
 data.teacher={depth=1}        a table is one value, as in TOML, or in JSON: {"depth": 1}; lists and tables hold one another
-data.path="a, b"              quotes, single or double, for text with spaces or any of , = [ ] { } ( ), or that looks like a number
+data.path="a, b"              quotes, single or double, for text with spaces or any of , = [ ] { } ( ), or like a number
 """
 
 from __future__ import annotations
