@@ -181,10 +181,11 @@ class _Reader:
 
     def _ends(self, closing: str) -> bool:
         """Whether `closing` follows an item, or else a comma."""
-        if not self.rest if not closing else self._mark(closing):
+        if self._mark(closing) if closing else not self.rest:
             return True
         if not self._mark(","):
-            got = repr(_BARE.match(self.rest)[0] if _BARE.match(self.rest) else self.rest[0]) if self.rest else "the end"
+            bare = _BARE.match(self.rest)
+            got = repr(bare[0] if bare else self.rest[0]) if self.rest else "the end"
             _refuse(
                 self.text, f"a comma or {closing or 'the end'} must follow an item; got {got}",
                 "Check commas, brackets and quotes; quote text with , = ( ) [ ] { }.",
