@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,10 +15,12 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.states import State
 
 from flows.ends import Stop
+from flows.log import Tracebacks
 from flows.server import tie_server
 from flows.tasks import open_place
 from lambda_hat.specs.settings import Settings
 from lambda_hat.specs.spec import InvalidInput
+from lambda_hat.specs.text import shortened
 from lambda_hat.store.manifest import ArtifactError, StoreUnavailable
 from lambda_hat.store.store import Store
 
@@ -51,6 +54,12 @@ def reason(state: State) -> str:
     return " ".join((state.message or state.name or "").split())
 
 
+def error_of(state: State) -> BaseException | None:
+    """What was raised in a step that failed, where it is known here."""
+    found = state.result(raise_on_failure=False)
+    return found if isinstance(found, BaseException) and found.__traceback__ is not None else None
+
+
 class Command(NamedTuple):
     """What a flow's command line does with its options.
 
@@ -68,20 +77,27 @@ class Command(NamedTuple):
 
 
 def command_line(command: Command, options: Any, stop: Stop) -> int:
-    """Runs a flow from the command line; returns the exit status: 0, 1 where runs failed, 2 for wrong input or no store, 130 or
-    143 where it was stopped."""
+    """Runs a flow from the command line; returns the exit status: 0, 1 where runs failed or something broke, 2 for wrong input
+    or no store, 130 or 143 where it was stopped."""
+    tracebacks = Tracebacks()
     try:
-        with stop:
-            return _run(command, options)
+        with stop, tracebacks:
+            return _run(command, options, tracebacks)
     except (InvalidInput, ArtifactError, StoreUnavailable) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         stop.say()
         return 128 + stop.signum
+    except Exception as error:  # of ours or of a library: what it says, in a line
+        with tracebacks:
+            logging.getLogger("prefect").error("%s", type(error).__name__, exc_info=error)
+        said = " ".join(str(error).split()) or "no message"
+        print(f"error: {type(error).__name__}: {shortened(said)}. {tracebacks.where()}", file=sys.stderr)
+        return 1
 
 
-def _run(command: Command, options: Any) -> int:
+def _run(command: Command, options: Any, tracebacks: Tracebacks) -> int:
     settings, store = open_place({"store_uri": options.store, "settings_file": options.settings})
     if options.list:
         print(command.listing(settings))
@@ -93,13 +109,15 @@ def _run(command: Command, options: Any) -> int:
     tie_server()
     given = (*command.arguments(options), options.store, options.settings)
     flow = command.flow.with_options(flow_run_name=command.name(asked))
-    code = 0
+    failed = ""
     try:
         result: Any = flow(*("" if value is None else value for value in given))
     except RunsFailed as error:
-        result, code = error.result, 1
+        result, failed = error.result, f"{error} {tracebacks.where()}"
     print(json.dumps(result, indent=1) if options.json else f"\n{command.show(asked, result, store)}")
-    return code
+    if failed:
+        print(failed.rstrip(), file=sys.stderr)
+    return 1 if failed else 0
 
 
 def parser(flow: Flow[Any, Any], examples: str) -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ from prefect.logging import get_run_logger
 from prefect.states import State
 
 from flows.engines import engine, final_state, submit_ahead
-from flows.orchestration import publish_to_ui, reason
+from flows.orchestration import error_of, publish_to_ui, reason
 from flows.tasks import Place, build_target, compare, diagnose, sample
 from lambda_hat.llc import artifacts, summary
 from lambda_hat.llc.artifacts import found, steps
@@ -67,7 +67,7 @@ def _compute(
         made, result = steps(specs[index])[1:], state.result() if state.is_completed() else None
         status = "failed" if result is None else "cached" if all(address in there for address in made) else "computed"
         rows[index] = summary.row(names[index], specs[index], status, result, "" if result else reason(state))
-        logger.info("%s by %s: %s", *names[index], status)
+        logger.info("%s by %s: %s", *names[index], status, exc_info=None if result else error_of(state))
 
     # Each run is diagnosed as soon as it is sampled; queued behind the others, its diagnosis would come after all sampling.
     for sampled in as_completed(list(samples)):
@@ -100,7 +100,7 @@ def run_each(task: Any, calls: list[tuple[Any, ...]], runtime: Runtime) -> list[
                 log.info("%s %s: done", task.name, futures[future])
             else:
                 errors.append(f"{task.name} {futures[future]}: {reason(state)}")
-                log.error(errors[-1])
+                log.error(errors[-1], exc_info=error_of(state))
     return errors
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -35,7 +36,9 @@ def tie_server() -> None:
 
         def stop(self) -> None:
             process = self.server_process
+            logging.disable(logging.INFO)  # its end is no news, and the command has had its last word
             super().stop()
+            logging.disable(logging.NOTSET)
             if process is not None and process.stdin is not None:
                 process.stdin.close()
 
