@@ -13,7 +13,7 @@ from prefect import flow
 from prefect.logging import get_run_logger
 
 from flows.ends import NOT_KEPT, Stop
-from flows.orchestration import Command, RunsFailed, command_line, parser
+from flows.orchestration import Command, RunsFailed, command_line, parse, parser
 from flows.runs import compute, run_each, show
 from flows.tasks import Place, begin, measure, train
 from lambda_hat.batch_size import artifacts
@@ -126,7 +126,7 @@ examples:
 def main() -> int:
     options = parser(batch_size, EXAMPLES)
     options.add_argument("--no-save", action="store_true", help="keep nothing: results go to a folder removed at the end")
-    given = options.parse_args()
+    given = parse(options)
     if given.no_save and given.store:
         options.error("--no-save keeps nothing, in no store; got --store: leave one out")
     arguments = (given.experiment, given.overrides)

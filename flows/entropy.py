@@ -11,7 +11,7 @@ from prefect import flow
 from prefect.logging import get_run_logger
 
 from flows.ends import Stop
-from flows.orchestration import Command, RunsFailed, command_line, parser
+from flows.orchestration import Command, RunsFailed, command_line, parse, parser
 from flows.runs import compute, run_each, show
 from flows.tasks import Place, begin, measure_update, train_policy
 from lambda_hat.entropy import artifacts
@@ -117,7 +117,7 @@ examples:
 
 def main() -> int:
     options = parser(entropy, EXAMPLES)
-    given = options.parse_args()
+    given = parse(options)
     arguments = (given.experiment, given.overrides)
     command = Command(
         entropy, plan=lambda settings, store, _: _plan(settings, store, *arguments), listing=describe,

@@ -10,7 +10,7 @@ from typing import Any
 from prefect import flow
 
 from flows.ends import Stop
-from flows.orchestration import Command, RunsFailed, command_line, parser, publish_to_ui
+from flows.orchestration import Command, RunsFailed, command_line, parse, parser, publish_to_ui
 from flows.runs import compute, show
 from flows.tasks import Place, begin
 from lambda_hat.batch_size.plan import with_stored
@@ -111,7 +111,7 @@ examples:
 def main() -> int:
     options = parser(sweep, EXAMPLES)
     options.add_argument("--from-run", metavar="ID", help="repeat a run from the spec saved with it")
-    given = options.parse_args()
+    given = parse(options)
     arguments = (given.experiment, given.overrides, given.from_run)
     command = Command(
         sweep, plan=lambda settings, store, _: _plan(settings, store, *arguments), listing=describe,

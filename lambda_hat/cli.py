@@ -118,9 +118,15 @@ def _parser() -> argparse.ArgumentParser:
         "the same from call to call (mlp-sgld-trace.png), and writes README.md, which shows them.",
         "lambda-hat promote --to docs/gallery",
         "lambda-hat promote --to docs/gallery --plot trace llc_convergence --where target.family=mlp",
+        "lambda-hat promote --samplers sgld,hmc --plot-name theta_trace.png --outdir assets",
     )  # fmt: skip
-    promote.add_argument("--to", metavar="DIR", default="gallery", help="folder, made if need be (default: gallery)")
-    promote.add_argument("--plot", metavar="NAME", nargs="+", default=[], help="only these plots, e.g. trace llc_convergence")
+    promote.add_argument(
+        "--to", "--outdir", metavar="DIR", default="gallery", help="folder, made if need be (default: gallery)"
+    )
+    promote.add_argument("--samplers", metavar="NAMES", type=_names, default=[], help="only runs of these, e.g. sgld,hmc")
+    shown = promote.add_mutually_exclusive_group()
+    shown.add_argument("--plot", metavar="NAME", nargs="+", default=[], help="only these plots, e.g. trace llc_convergence")
+    shown.add_argument("--plot-name", metavar="NAME", help="one plot of the latest run of each sampler, as SAMPLER.png")
     promote.set_defaults(run=_promote)
 
     pull = _command(
@@ -163,6 +169,10 @@ def _command(commands: Any, name: str, parents: list[argparse.ArgumentParser], l
         name, parents=parents, help=line, formatter_class=argparse.RawDescriptionHelpFormatter,
         description=f"{line[0].upper()}{line[1:]}.\n\n{text}", epilog="\n  ".join(["examples:", *examples]),
     )  # fmt: skip
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
 
 
 def _kind(text: str) -> str:
@@ -261,7 +271,9 @@ def _report(store: Store, options: argparse.Namespace) -> int:
 
 
 def _promote(store: Store, options: argparse.Namespace) -> int:
-    written = gallery.promote(store, options.to, options.where, options.sweep, options.plot)
+    written = gallery.promote(
+        store, options.to, options.where, options.sweep, options.plot, options.samplers, options.plot_name
+    )
     print(f"{len(written) - 1} plots, shown in {written[-1]}")
     return 0
 

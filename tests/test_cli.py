@@ -297,6 +297,19 @@ def test_promote_some(run, tmp_path):
     assert {path.name for path in (tmp_path / "some").iterdir()} == {"quadratic-hmc-trace.png", "llc_vs_true.png", "README.md"}
 
 
+def test_promote_one_plot_of_each_sampler(run, store, tmp_path):
+    """Of the latest run of each, whatever its target."""
+    assert run("promote", "--samplers", "sgld,hmc", "--plot-name", "theta_trace.png", "--outdir", "assets").status == 0
+    assert {path.name for path in (tmp_path / "assets").iterdir()} == {"sgld.png", "hmc.png", "README.md"}
+    latest = {run.sampler.kind: run for run in SPECS}
+    for kind, spec in latest.items():
+        at = diagnosis_address(spec.target_id, spec.run_id)
+        assert (tmp_path / f"assets/{kind}.png").read_bytes() == store.read(at, "theta_trace.png")
+    assert "(sgld.png)" in (tmp_path / "assets/README.md").read_text()
+    assert run("promote", "--samplers", "hmc", "--to", "some", "--plot", "trace").status == 0
+    assert {path.name for path in (tmp_path / "some").glob("*.png")} == {"quadratic-hmc-trace.png"}
+
+
 def test_promote_takes_the_latest(run, store, tmp_path):
     """A later run of the family and sampler replaces the earlier one's plots."""
     copy = Store(str(tmp_path / "copy"))
@@ -415,7 +428,9 @@ def test_gc(run, store, tmp_path):
         (["results", "--sweep", RUNS[0]], ["A sweep's id begins with swp_", "`lambda-hat ls sweeps`"]),
         (["report", "swp_0000000000000000"], ["fits none"]),
         (["report", "--output", "no/such/x.html"], ["--output must name a file", "no/such/x.html"]),
-        (["promote", "--plot", "nonsense"], ["There must be a plot", "--plot choose"]),
+        (["promote", "--plot", "nonsense"], ["There must be a plot", "--plot-name choose"]),
+        (["promote", "--plot-name", "nonsense"], ["There must be a plot", "--plot-name choose"]),
+        (["promote", "--samplers", "sgld,hcm"], ["A sampler must be one of the runs'; got 'hcm'. Did you mean 'hmc'?"]),
         (["promote", "--to", "settings.toml"], ["--to must name a folder", "settings.toml"]),
         (["pull", "--to", "settings.toml"], ["A local store is a folder", "settings.toml"]),
         (["pull", "run_0000000000000000", "--to", "here"], ["fits none"]),

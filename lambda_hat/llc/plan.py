@@ -35,7 +35,7 @@ def make_plan(settings: Settings, experiment: str | None = None, overrides: Sequ
     """The runs of an experiment (the one named "default" if None) changed by overrides; each once, targets outermost.
 
     Keys: `target=a,b`, `sampler=`, `posterior=`, `model=`, `data=`, `training=` choose presets. `model.depth=`,
-    `data.n_data=`, `training.`, `posterior.` set fields of these parts; `target.seed=` the target's own, of which
+    `data.n_data=`, `training.`, `posterior.` set fields of these parts; `target.seed=`, or `seed=`, the target's own, of which
     `target.checkpoint=all` is every checkpoint of the training; `sampler.num_chains=` the sampler's. `target.NAME.seed=` and
     `sampler.NAME.step_size=` hold for the preset of that name only; if no preset of that name is selected, for every preset of
     that family or kind.
@@ -43,8 +43,9 @@ def make_plan(settings: Settings, experiment: str | None = None, overrides: Sequ
     Rules:
       - A sweep is the Cartesian product of its values; an experiment is the union of its sweeps.
       - A key applies to the selected presets that have the field and multiplies only these; one that fits nowhere is refused.
-      - An override replaces the same key of the experiment, and what the experiment sets inside it (`model=` replaces
-        `model.depth=`). It wins over the experiment whichever is more specific; among overrides the more specific key wins.
+      - An override replaces the same key of the experiment, what the experiment sets inside it (`model=` replaces
+        `model.depth=`), and, in presets too, what decides the same thing (`model.target_params=` replaces `model.width`). It
+        wins over the experiment whichever is more specific; among overrides the more specific key wins.
       - `target=` and `sampler=` choose what the experiment is run on. A target runs in the sweeps that name it (or name no
         target), one that none names with its presets alone. A sampler runs in those of its target's sweeps that name it (or
         name no sampler), or else in all of these. What the experiment sets for what is no longer there is dropped.
@@ -58,8 +59,8 @@ def make_plan(settings: Settings, experiment: str | None = None, overrides: Sequ
     if experiment is None and name not in settings.experiments:
         sweeps: list[Sweep] = [{}]
     else:
-        sweeps = [parse_sweep(texts) for texts in lookup(settings.experiments, "experiment", name).sweeps]
-    user = parse_sweep(overrides)
+        sweeps = [_sweep(texts) for texts in lookup(settings.experiments, "experiment", name).sweeps]
+    user = _sweep(overrides)
     targets, samplers = (chosen(section, [user]) or chosen(section, sweeps) for section in ("target", "sampler"))
     for section, names in (("target", targets), ("sampler", samplers)):
         if not names:
@@ -90,7 +91,13 @@ def targets_of(settings: Settings, grid: Grid, name: str, sweep: Sweep) -> Itera
         fields = {"precision": settings.runtime.precision} | {
             key: fields[key] for key in fields if not (every and key == "checkpoint")
         }
-        spec = validated(TARGET.classes[fields["family"]], fields, f"target.{name}")
+        try:
+            spec = validated(TARGET.classes[fields["family"]], fields, f"target.{name}")
+        except InvalidInput as error:
+            others = [other for other in grid.names.get("target", []) if other != name]
+            raise InvalidInput(
+                f"{error} Or leave this target out: target={','.join(others)}." if others else str(error)
+            ) from None
         assert isinstance(spec, TargetSpec)
         if every and not spec.checkpoint_steps:
             raise InvalidInput(
@@ -166,6 +173,11 @@ def describe(settings: Settings) -> str:
         | {f"Presets: {section}=": described(getattr(settings.presets, section)) for section in sections}
         | {title: {name: (cls.__doc__ or "").split("\n")[0] for name, cls in kinds[title].items()} for title in kinds}
     )
+
+
+def _sweep(texts: Iterable[str]) -> Sweep:
+    """The sweep of these texts, in which `seed=` alone is the targets'."""
+    return parse_sweep(f"{TARGET.name}.{text}" if text.partition("=")[0].strip() == "seed" else text for text in texts)
 
 
 def _grid(settings: Settings, user: Sweep, names: dict[str, list[str]]) -> Grid:

@@ -185,7 +185,7 @@ class _Reader:
             return True
         if not self._mark(","):
             bare = _BARE.match(self.rest)
-            got = repr(bare[0] if bare else self.rest[0]) if self.rest else "the end"
+            got = repr(bare[0].strip() if bare else self.rest[0]) if self.rest else "the end"
             _refuse(
                 self.text, f"a comma or {closing or 'the end'} must follow an item; got {got}",
                 "Check commas, brackets and quotes; quote text with , = ( ) [ ] { }.",

@@ -84,15 +84,17 @@ def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def promote(
-    store: Store, folder: str | Path, where: Sequence[str] = (), sweep: str | None = None, plots: Sequence[str] = ()
-) -> list[Path]:
+    store: Store, folder: str | Path, where: Sequence[str] = (), sweep: str | None = None, plots: Sequence[str] = (),
+    samplers: Sequence[str] = (), plot_name: str | None = None,
+) -> list[Path]:  # fmt: skip
     """Copies the latest plot of each kind into a folder, under names that stay the same, and writes README.md, their gallery.
 
     <family>-<sampler>-<plot>.png for each family of targets and each sampler, <family>-<plot>.png for the comparisons on a
     family's latest target, <plot>.png for those over all targets. Files of these names are replaced, others are left alone.
+    With a plot_name it is this plot of the latest run of each sampler, of whatever family, as <sampler>.png.
 
     Args:
-      where, sweep: which runs, as in `results`. plots: names of plots; none given means all.
+      where, sweep: which runs, as in `results`. plots, samplers: their names; none given means all.
 
     Returns:
       The files, README.md last.
@@ -101,14 +103,25 @@ def promote(
       InvalidInput: nothing fits, or the folder cannot be written.
     """
     runs = results(store, where, sweep)
+    names = [_sampler(row) for row in runs.to_dict("records")]
+    for name in samplers:
+        if name not in names:
+            raise InvalidInput(f"A sampler must be one of the runs'; got {name!r}. {nearest(name, set(names))}")
+    if samplers:
+        runs = runs[[name in samplers for name in names]]
     sections: dict[tuple[str, ...], list[_Picture]] = {}
-    for picture in [*_of_sweeps(store, runs, sweep), *_of_runs(store, runs)]:
+    if plot_name is None:
+        pictures = [*_of_sweeps(store, runs, sweep), *_of_runs(store, runs, ("spec.target.family",))]
+    else:
+        plots = [plot_name.removesuffix(".png")]
+        pictures = [picture._replace(file=f"{picture.section[0]}.png") for picture in _of_runs(store, runs, ())]
+    for picture in pictures:
         if not plots or picture.plot in plots:
             sections.setdefault(picture.section, []).append(picture)
     if not sections:
         raise InvalidInput(
             f"There must be a plot to promote; none in {store.uri} fits. `lambda-hat results` lists the runs, "
-            "and --where, --sweep and --plot choose among them and their plots."
+            "and --where, --sweep, --samplers, --plot and --plot-name choose among them and their plots."
         )
     folder = Path(folder)
     written = []
@@ -129,7 +142,7 @@ class _Picture(NamedTuple):
     """A plot in the store, and where it goes.
 
     section: of the gallery: the names of a family and a sampler, a family alone, or none for what is of all targets.
-    address, name: where it is in the store.
+    address, name: where it is in the store. file: where it goes.
     """
 
     section: tuple[str, ...]
@@ -137,15 +150,16 @@ class _Picture(NamedTuple):
     caption: str
     address: Address
     name: str
-
-    @property
-    def file(self) -> str:
-        return "-".join([*self.section, self.plot]) + ".png"
+    file: str
 
 
-def _of_runs(store: Store, runs: pd.DataFrame) -> Iterator[_Picture]:
-    """The plots of the latest run of each family and sampler."""
-    latest = {(row["spec.target.family"], _sampler(row)): row for row in runs.to_dict("records")}
+def _picture(section: tuple[str, ...], plot: str, caption: str, address: Address, name: str) -> _Picture:
+    return _Picture(section, plot, caption, address, name, "-".join([*section, plot]) + ".png")
+
+
+def _of_runs(store: Store, runs: pd.DataFrame, columns: tuple[str, ...]) -> Iterator[_Picture]:
+    """The plots of the latest run of each sampler, for each value of these columns."""
+    latest = {(*(row[column] for column in columns), _sampler(row)): row for row in runs.to_dict("records")}
     for section in sorted(latest):
         row = latest[section]
         address = diagnosis_address(row["target_id"], row["id"])
@@ -154,7 +168,7 @@ def _of_runs(store: Store, runs: pd.DataFrame) -> Iterator[_Picture]:
         caption = f"llc {llc}, {row['verdict']}; `{row['id']}`, {row['created_at'][:10]}"
         for file in manifest.files if manifest is not None else ():
             if file.name.endswith(".png"):
-                yield _Picture(section, file.name.removesuffix(".png"), caption, address, file.name)
+                yield _picture(section, file.name.removesuffix(".png"), caption, address, file.name)
 
 
 def _of_sweeps(store: Store, runs: pd.DataFrame, sweep: str | None) -> Iterator[_Picture]:
@@ -171,7 +185,7 @@ def _of_sweeps(store: Store, runs: pd.DataFrame, sweep: str | None) -> Iterator[
             if file.name.endswith(".png") and (not target_id or target_id in families):
                 section = (families[target_id],) if target_id else ()
                 caption = f"`{target_id or sweep_id}`, {manifest.created_at[:10]}"
-                found[section, plot] = _Picture(section, plot, caption, manifest.address, file.name)
+                found[section, plot] = _picture(section, plot, caption, manifest.address, file.name)
     return iter([found[place] for place in sorted(found)])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import haiku as hk
 import jax
@@ -44,6 +44,11 @@ class ModelSpec(Spec):
     Its hidden layers are given in one of three ways: `depth` layers of `width` units; their `widths`; or `target_params`, and
     `depth` layers as wide as brings the number of parameters nearest to it.
     """
+
+    rivals: ClassVar = {
+        "depth": ("widths",), "width": ("widths", "target_params"), "target_params": ("widths", "width"),
+        "widths": ("depth", "width", "target_params"),
+    }  # fmt: skip
 
     depth: int | None = Field(None, ge=0, le=100, description="number of hidden layers; none = 2")
     width: int | None = Field(None, ge=1, description="units in each hidden layer; none = 16")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,8 @@ _FIELDS_OF = {"momentum": ("sgd",), "beta1": ("adam", "adamw"), "beta2": ("adam"
 
 class TrainingSpec(Spec):
     """How w* is found, and which parameters on the way there are kept."""
+
+    rivals: ClassVar = {"num_checkpoints": ("checkpoint_steps",), "checkpoint_steps": ("num_checkpoints",)}
 
     optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="Optax optimizer")
     learning_rate: float = Field(1e-2, gt=0, description="peak learning rate")

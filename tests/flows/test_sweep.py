@@ -577,7 +577,15 @@ def test_malformed_command_line(command, arguments, words):
     assert all(word in result.err for word in words), result.err
 
 
-@pytest.mark.parametrize(("arguments", "words"), [(["--bogus"], "--bogus"), (["--store"], "expected one argument")])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--bogus"], "--bogus"),
+        (["--store"], "expected one argument"),
+        (["+sampler.step_size=1"], "write KEY=VALUE without +"),
+        (["+experiment=default", "--experiment", "default"], "which is given once; got +experiment=default"),
+    ],
+)
 def test_unknown_option(command, arguments, words):
     result = command(*arguments, settings=None)
     assert (result.status, result.out) == (2, "")
@@ -591,6 +599,17 @@ def test_help_and_list_name_what_there_is(command):
     shown = command("--list")
     assert (shown.status, shown.err) == (0, "")
     assert {"bowl", "net", "sgld", "hmc", "mclmc", "default", "diverges"} <= set(shown.out.split())
+
+
+def test_hydras_ways_to_say_it(command):
+    """-m changes nothing, +experiment=NAME is --experiment NAME, and options stand between overrides."""
+    ours = command("--dry-run", "--experiment", "diverges", "target.seed=1,2", "sampler.num_chains=3")
+    assert ours.status == 0
+    for arguments in (
+        ["-m", "+experiment=diverges", "target.seed=1,2", "--dry-run", "sampler.num_chains=3"],
+        ["target.seed=1,2", "--multirun", "sampler.num_chains=3", "+experiment=diverges", "--dry-run"],
+    ):
+        assert command(*arguments) == ours
 
 
 def test_dry_run_computes_nothing(command, store, settings_file):

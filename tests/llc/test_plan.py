@@ -328,3 +328,56 @@ def test_tables_are_values():
     assert [run.target.model.depth for run in runs] == [3, 1]
     with pytest.raises(InvalidInput, match=r"model\.widht is no field that exists\. Did you mean 'width'\?"):
         make_plan(SETTINGS, None, [*ONE, "model={widht=3}"])
+
+
+def test_keys_that_decide_the_same_thing_replace_each_other():
+    def models(*overrides, experiment=None, targets="mlp"):
+        runs = make_plan(SETTINGS, experiment, [f"target={targets}", "sampler=hmc", *overrides])
+        return [
+            (run.target.model.depth, run.target.model.width, run.target.model.widths, run.target.model.target_params)
+            for run in runs
+        ]
+
+    # The preset's width, and the depth of the experiment.
+    assert models("model.depth=5", "model.target_params=20000") == [(5, None, None, 20_000)]
+    assert models("model.target_params=1000,5000", targets="digits") == [(None, None, None, 1000), (None, None, None, 5000)]
+    assert models("model.widths=[7,5]", experiment="deep") == [(None, None, (7, 5), None)]
+    assert models("model={target_params=900}") == [(None, None, None, 900)]
+    assert models("model.target_params=none,900") == [(1, 4, None, None), (1, None, None, 900)]
+    with pytest.raises(InvalidInput, match="target_params decides the width; got width=3 too"):
+        models("model.width=3", "model.target_params=900")
+    (run,) = make_plan(SETTINGS, None, [*ONE, "training={checkpoint_steps=[1,2]}", "training.num_checkpoints=2"])
+    assert run.target.training.checkpoint_steps == ()
+
+
+def test_seed_alone_is_the_targets():
+    runs = make_plan(SETTINGS, None, [*ONE, "seed=1,2"])
+    assert [(run.target.seed, run.sampler.seed) for run in runs] == [(1, 0), (2, 0)]
+    with pytest.raises(InvalidInput, match="sets a key once"):
+        make_plan(SETTINGS, None, [*ONE, "seed=1", "target.seed=2"])
+
+
+def test_a_target_that_does_not_fit_is_named():
+    with pytest.raises(
+        InvalidInput, match=r"target\.digits\.data: .* got 5000 and 297.* leave this target out: target=mlp,dln\."
+    ):
+        make_plan(SETTINGS, None, ["target=mlp,digits,dln", "sampler=hmc", "data.n_data=5000"])
+
+
+@pytest.mark.parametrize(
+    ("key", "ours"),
+    [("draws", "num_draws"), ("warmup", "num_burnin_steps"), ("chains", "num_chains"), ("thin", "num_steps_bw_draws")],
+)
+def test_names_of_other_programs_lead_to_ours(key, ours):
+    for sampler in ("", ".hmc"):
+        with pytest.raises(InvalidInput, match=rf"Did you mean 'sampler{sampler}\.{ours}'"):
+            make_plan(SETTINGS, None, [*ONE, f"sampler{sampler}.{key}=7"])
+
+
+def test_committed_presets_fit_the_default_targets():
+    settings = load_settings(Path(__file__).parents[2] / "settings.toml")
+    runs = make_plan(settings, None, ["model=small,base", "data=small,base", "sampler=base,fast"])
+    assert len(runs) == (2 * 2 + 2 * 2 + 2) * 2
+    assert {run.target.num_data for run in runs} == {300, 1000}
+    small = make_plan(settings, None, ["model=small", "data=small", "sampler=fast"])
+    assert names(small) == [("mlp", "hmc"), ("digits", "hmc"), ("dln", "hmc")]
