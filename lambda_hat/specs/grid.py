@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar, cast, get_args, get_origin
 
@@ -87,28 +87,30 @@ class Grid:
         cls = _class(section, base, name)
         set_here = self._set_here(section, name, cls, str(base.get(section.tag, "")), sweep)
         parts = {(part,): set_here[(part,)] for part in section.components if part in cls.model_fields and (part,) in set_here}
+        count = 0
         for names in itertools.product(*(assignment.values for assignment in parts.values())):
             presets = {part: _component(self.presets, part, plain(value)) for (part,), value in zip(parts, names, strict=True)}
             known = _keys(cls, base | presets, section.closed)
             own = {path: set_here[path] for path in sorted(set_here, key=len) if path in known and path not in parts}
             self.applied |= {*parts.values(), *own.values()}
             values = [swept(known[path], assignment.values) for path, assignment in own.items()]
-            self.limit.check(math.prod(map(len, values)))
+            count += math.prod(map(len, values))
+            self.limit.check(count)
+            rivals = [_rivals(cls, path) - own.keys() for path in own]
             for combination in itertools.product(*values):
                 fields = copy.deepcopy(base | presets)
-                changes = dict(zip(own, combination, strict=True))
-                for path, value in changes.items():
-                    _set(fields, path, value, () if value is None else _rivals(cls, path) - changes.keys())
+                for path, value, decided in zip(own, combination, rivals, strict=True):
+                    _set(fields, path, value, decided if value is not None else ())
                 yield _with_defaults(cls, fields)
 
-    def check_applied(self, sweeps: Iterable[Sweep]) -> None:
+    def check_applied(self, sweeps: Sequence[Sweep]) -> None:
         """Refuses assignments that are about nothing in the plan."""
         choices = {section.name for section in self.sections if section.name}
         for assignment in itertools.chain.from_iterable(sweep.values() for sweep in sweeps):
             path = assignment.path
             if assignment in self.applied or assignment.key in choices:
                 continue
-            remedy = nearest(assignment.key, {*self._all_keys(), *choices, *self.once, *self.others})
+            remedy = nearest(assignment.key, {*self._all_keys(sweeps), *choices, *self.once, *self.others})
             if path[-1] in TAGS and len(path) > 1:
                 remedy = f"The preset decides it: choose another with {path[0]}=NAME."
             elif assignment.key in self.once:
@@ -132,18 +134,18 @@ class Grid:
             found = {path: found[path] for path in found if path not in replaced} | own
         return found
 
-    def _all_keys(self) -> Iterator[str]:
-        """Every key that would apply."""
+    def _all_keys(self, sweeps: Sequence[Sweep]) -> Iterator[str]:
+        """Every key that would apply beside those of the sweeps."""
         for section in self.sections:
             for name in self.names.get(section.name, [DEFAULT]):
                 base = _fields(self.presets, section, name)
-                choices = {part: self.user[(part,)].values[0] for part in section.components if (part,) in self.user}
-                base |= {part: _component(self.presets, part, plain(value)) for part, value in choices.items()}
-                for path in _keys(_class(section, base, name), base, section.closed):
-                    alone = path[0] in section.components or not section.name
-                    yield ".".join(path if alone else (section.name, *path))
-                    if section.tag:
-                        yield ".".join((section.name, name, *path))
+                parts = [(part, plain(value)) for part in section.components for value in chosen(part, sweeps)]
+                for fields in [base, *(base | {part: _component(self.presets, part, value)} for part, value in parts)]:
+                    for path in _keys(_class(section, base, name), fields, section.closed):
+                        alone = path[0] in section.components or not section.name
+                        yield ".".join(path if alone else (section.name, *path))
+                        if section.tag:
+                            yield ".".join((section.name, name, *path))
 
 
 def validated(cls: type[AnySpec], fields: dict[str, Any], where: str) -> AnySpec:
@@ -210,7 +212,7 @@ def check_components(presets: Presets, section: Section) -> None:
     for part in section.components:
         annotations = [cls.model_fields[part].annotation for cls in section.classes.values() if part in cls.model_fields]
         models = dict.fromkeys(cast(type[Spec], model) for annotation in annotations for model in models_in(annotation))
-        tags = {model.model_fields[tag].default for model in models for tag in TAGS if tag in model.model_fields}
+        tags = [model.model_fields[tag].default for model in models for tag in TAGS if tag in model.model_fields]
         for name, preset in getattr(presets, part).items():
             where = f"presets.{part}.{name}"
             if len(tags) == len(models) and preset.fields.get("kind") not in tags:
@@ -244,7 +246,7 @@ def _component(presets: Presets, part: str, value: Any) -> dict[str, Any]:
 
 def _class(section: Section, fields: Mapping[str, Any], name: str) -> type[Spec]:
     value = fields.get(section.tag, "")
-    if value not in section.classes:
+    if not isinstance(value, str) or value not in section.classes:
         raise InvalidInput(
             f"[presets.{section.name}.{name}] must name its {section.tag}; got {value!r}. "
             + nearest(str(value), section.classes)

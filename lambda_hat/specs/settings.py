@@ -217,6 +217,11 @@ OTHER_NAMES = {
     "parameters": ("mask", "weight_restrictions", "param_names"),
     "richness": ("gamma",),
     "n_data": ("num_data", "num_samples", "n"),
+    "target": ("target_id",),
+    "inputs": ("x_dist",),
+    "noise": ("noise_model",),
+    "skip": ("skip_connections",),
+    "preconditioner": ("precond",),
 }
 
 

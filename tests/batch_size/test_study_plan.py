@@ -154,6 +154,8 @@ def test_runs_sample_the_trials():
         (["etta=1"], ["'etta=1'", "field of a trial, of its task or of the study", "Did you mean 'eta'?"]),
         (["task.n_dat=5"], ["got 'task.n_dat'", "Did you mean 'task.n_data'?"]),
         (["task.degree=2"], ["got 'task.degree'"]),
+        (["task=cubic", "task.degre=2"], ["Did you mean 'task.degree'?"]),
+        (["task.kind=cubic"], ["The preset decides it: choose another with task=NAME."]),
         (["task.kind=polynomial"], ["got 'task.kind'"]),
         (["task.n_data.x=5"], ["got 'task.n_data.x'"]),
         (["keep.x=true"], ["got 'keep.x'", "Did you mean 'keep'?"]),
@@ -222,6 +224,7 @@ def test_malformed_studies(study, words):
     ("preset", "words"),
     [
         ({}, ["[presets.task.x] must name its kind; got None.", "Known: images, polynomial, teacher."]),
+        ({"kind": ["images"]}, ["must name its kind; got ['images']"]),
         ({"kind": "image"}, ["must name its kind; got 'image'"]),
         ({"kind": "images", "n_dat": 1}, ["presets.task.x.n_dat is no field that exists. Did you mean 'n_data'?"]),
         ({"kind": "images", "n_data": 1}, ["presets.task.x.n_data must be greater than or equal to 2; got 1."]),

@@ -214,6 +214,7 @@ def test_malformed_experiments():
     ("presets", "words"),
     [
         ({"target": {"x": {"rank": 1}}}, ["[presets.target.x] must name its family", "Known: custom, digits"]),
+        ({"target": {"x": {"family": ["mlp"]}}}, ["[presets.target.x] must name its family; got ['mlp']"]),
         ({"target": {"x": {"family": "mpl"}}}, ["family", "got 'mpl'", "Did you mean 'mlp'?"]),
         ({"target": {"x": {"family": "mlp", "sed": 1}}}, ["target.x.sed is no field that exists. Did you mean 'seed'?"]),
         ({"target": {"x": {"family": "mlp", "model": {"widht": 1}}}}, ["target.x.model.widht", "Did you mean 'width'?"]),
@@ -372,6 +373,21 @@ def test_names_of_other_programs_lead_to_ours(key, ours):
     for sampler in ("", ".hmc"):
         with pytest.raises(InvalidInput, match=rf"Did you mean 'sampler{sampler}\.{ours}'"):
             make_plan(SETTINGS, None, [*ONE, f"sampler{sampler}.{key}=7"])
+
+
+@pytest.mark.parametrize(
+    ("key", "ours"),
+    [("target_id=tgt_1", "target"), ("data.x_dist=mixture", "data.inputs"), ("data.noise_model=hetero", "data.noise"),
+     ("model.skip_connections=true", "model.skip"), ("sampler.sgld.precond=adam", "sampler.sgld.preconditioner")],
+)  # fmt: skip
+def test_names_of_earlier_versions_lead_to_ours(key, ours):
+    with pytest.raises(InvalidInput, match=f"Did you mean '{ours}'"):
+        make_plan(SETTINGS, None, [*ONE[:1], "sampler=sgld", key])
+
+
+def test_the_limit_holds_over_presets_of_a_part():
+    with pytest.raises(InvalidInput, match="at most 100000 runs; this asks for 120000 or more"):
+        make_plan(SETTINGS, None, [*ONE, "model=small,large", "target.seed=range(0,6000)", "model.width=range(1,11)"])
 
 
 def test_committed_presets_fit_the_default_targets():
