@@ -99,17 +99,10 @@ def make_study(settings: Settings, experiment: str | None = None, overrides: Seq
     options = study_options(base, user, _OPTIONS, _plots)
     user = without(user, [head for head in _OPTIONS if (head,) in user])
     limit = Limit(MAX_TRIALS, "A study", "trials")
-    others = ("task", *_SAMPLING)
     grid = Grid(
-        settings.presets,
-        (TRIAL,),
-        limit,
-        without(user, _SAMPLING),
-        {},
-        "a trial, of its task or of the study",
-        _OPTIONS,
-        others,
-    )
+        settings.presets, (TRIAL,), limit, without(user, _SAMPLING), names={}, once=_OPTIONS, others=_SAMPLING,
+        fields_of="a trial, of its task or of the study",
+    )  # fmt: skip
     trials: dict[str, TrialSpec] = {}
     ways: list[list[str]] = []
     for sweep in sweeps:
@@ -128,9 +121,8 @@ def make_study(settings: Settings, experiment: str | None = None, overrides: Seq
             limit.check(len(trials))
         grid.check_applied([own, grid.user])
     plan = StudyPlan(name, list(trials.values()), options, ways[0])
-    plan.runs(
-        settings, list({trial.task: trial for trial in plan.trials}.values())
-    )  # wrong ones are refused before any training
+    # Wrong ones are refused before any training.
+    plan.runs(settings, list({trial.task: trial for trial in plan.trials}.values()))
     return plan
 
 

@@ -113,8 +113,8 @@ def _specs(settings: Settings, sweep: Sweep, user: Sweep) -> list[EntropySpec]:
                 f"An entropy study is of policies; {name!r} is a target of family {family!r}. --list has policies."
             )
     grid = Grid(
-        settings.presets, (TARGET, MEASUREMENT), LIMIT, user, {"target": names},
-        "a measurement, of its batches, of the policy or of the study", _OPTIONS, _SAMPLING,
+        settings.presets, (TARGET, MEASUREMENT), LIMIT, user, names={"target": names}, once=_OPTIONS, others=_SAMPLING,
+        fields_of="a measurement, of its batches, of the policy or of the study",
     )  # fmt: skip
     targets = [spec for name in names for spec in targets_of(settings, grid, name, sweep)]
     tables = list(grid.tables(MEASUREMENT, DEFAULT, sweep))
