@@ -195,10 +195,7 @@ def test_names_are_lazy_and_known():
         ({"metric": "cosine"}, "metric must be .*; got 'cosine'"),
         (
             {"parameters": "c/*"},
-            (
-                {"parameters": "c/*"},
-                r"Every pattern of parameters must name a parameter; got 'c/\*'\. Did you mean 'b/\*'\? There are: a, b/c",
-            ),
+            r"Every pattern of parameters must name a parameter; got 'c/\*'\. Did you mean 'b/\*'\? There are: a, b/c",
         ),
     ],
 )
