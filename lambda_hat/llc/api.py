@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -20,16 +20,19 @@ from lambda_hat.llc.diagnostics import Diagnosis, diagnose
 from lambda_hat.llc.estimates import to_arviz
 from lambda_hat.llc.plan import SAMPLER
 from lambda_hat.llc.plots import RUN_PLOTS, TARGET_PLOTS
+from lambda_hat.llc.preflight import check_chains, usable_memory
 from lambda_hat.llc.run import RunSpec, batches
 from lambda_hat.llc.sampling import Run, lane_width, sample_runs
 from lambda_hat.llc.trace import Trace
 from lambda_hat.samplers.kinds import SamplerSpec
-from lambda_hat.specs.settings import explain, nearest
+from lambda_hat.specs.settings import Runtime, explain, nearest
 from lambda_hat.specs.spec import InvalidInput
 from lambda_hat.specs.text import with_error
 from lambda_hat.targets.selection import num_selected, select
 from lambda_hat.targets.target import OBSERVABLE_SIZE, TRAIN, DataSpec, TargetSpec, mean_loss_float64
 from lambda_hat.targets.wrap import LossFn, Wrapped, unweighted, wrap, wrap_like
+
+T = TypeVar("T")
 
 #: The arguments of `estimate_llc` but those that every call has.
 ARGUMENTS = ("weights", "nbeta", "localization", "metric", "parameters", "observables", "progress")
@@ -215,6 +218,8 @@ def estimate_llcs(
     )  # fmt: skip
     specs = [_run_spec(target, observables=names, **setting) for setting in settings]
     nums_params = [_num_params(spec, wrapped) for spec in specs]
+    for spec, count in zip(specs, nums_params, strict=True):
+        _in_own_words(check_chains, spec, count, usable_memory(Runtime()))
     for doubt in dict.fromkeys(spec.posterior.doubt(wrapped.dataset.num_data) for spec in specs):
         if doubt:
             warnings.warn(_own_words(doubt), stacklevel=3)
@@ -304,8 +309,13 @@ def _num_params(spec: RunSpec, wrapped: Wrapped) -> int:
     Raises:
       InvalidInput: the patterns of parameters name none.
     """
+    return num_selected(wrapped.params, _in_own_words(select, wrapped.params, spec.posterior.parameters))
+
+
+def _in_own_words(check: Callable[..., T], *arguments: Any) -> T:
+    """What the check returns; its refusals in the words of this interface."""
     try:
-        return num_selected(wrapped.params, select(wrapped.params, spec.posterior.parameters))
+        return check(*arguments)
     except InvalidInput as error:
         raise InvalidInput(_own_words(str(error))) from None
 

@@ -60,7 +60,7 @@ def check(targets: Iterable[TargetSpec], store: Store, runtime: Runtime) -> None
         return
     store.check_writable()
     built = {manifest.id for manifest in store.manifests(map(target_address, by_id))}
-    memory = _memory(runtime)
+    memory = usable_memory(runtime)
     for target_id, spec in by_id.items():
         spec.check_sources(target_id in built)
         if target_id not in built:
@@ -73,7 +73,7 @@ def check_samplings(runs: Iterable[RunSpec], runtime: Runtime) -> None:
     Raises:
       InvalidInput: one does not, or has not.
     """
-    memory, known = _memory(runtime), {}
+    memory, known = usable_memory(runtime), {}
     for spec in runs:
         # What a custom target is made of tells its function alone, which may take long: called where it is needed.
         if isinstance(spec.target, CustomSpec) and spec.posterior.parameters == ("*",):
@@ -85,15 +85,24 @@ def check_samplings(runs: Iterable[RunSpec], runtime: Runtime) -> None:
                 select(shapes, spec.posterior.parameters)
                 known[key] = _count(shapes)
             count = known[key]
-        sampler = spec.sampler
-        draws = sampler.num_burnin_draws + sampler.num_draws
-        recorded = NUMBERS_PER_DRAW + OBSERVABLE_SIZE * len(sampler.observables)
-        copies = CHAIN_COPIES * getattr(sampler, "num_particles", 1)
-        _refuse(
-            sampler.num_chains * (copies * count + draws * recorded), spec.target, memory,
-            f"{sampler.num_chains} chains of {draws} draws, burn-in included, and {count} parameters",
-            "Lower sampler.num_chains, sampler.num_draws or sampler.num_burnin_steps, or thin with sampler.num_steps_bw_draws.",
-        )  # fmt: skip
+        check_chains(spec, count, memory)
+
+
+def check_chains(spec: RunSpec, num_params: int, memory: int) -> None:
+    """Refuses chains that do not fit into so many bytes.
+
+    Raises:
+      InvalidInput: they do not.
+    """
+    sampler = spec.sampler
+    draws = sampler.num_burnin_draws + sampler.num_draws
+    recorded = NUMBERS_PER_DRAW + OBSERVABLE_SIZE * len(sampler.observables)
+    copies = CHAIN_COPIES * getattr(sampler, "num_particles", 1)
+    _refuse(
+        sampler.num_chains * (copies * num_params + draws * recorded), spec.target, memory,
+        f"{sampler.num_chains} chains of {draws} draws, burn-in included, and {num_params} parameters",
+        "Lower sampler.num_chains, sampler.num_draws or sampler.num_burnin_steps, or thin with sampler.num_steps_bw_draws.",
+    )  # fmt: skip
 
 
 def _check_size(spec: TargetSpec, memory: int) -> None:
@@ -119,7 +128,7 @@ def _count(shapes: Shapes) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
-def _memory(runtime: Runtime) -> int:
+def usable_memory(runtime: Runtime) -> int:
     """Bytes that work may take: this machine's, where it is done here."""
     if runtime.engine not in ("threads", "processes"):
         return MAX_BYTES

@@ -650,11 +650,12 @@ def batch_centred(p, b):
         (squares, (X3, Y3), {"observables": "train"}, "must be a mapping"),
         (squares, (X3, Y3), {"weights": [[1], [1, 2]]}, r"got shape \(2,\) of object"),
         (squares, (X3, Y3), {"rng": 3}, "Did you mean 'seed'"),
+        (squares, (X3, Y3), {"num_chains": 10**8}, "must fit into memory.*Lower num_chains"),
     ],
 )
 def test_more_that_is_refused(loss_fn, data, arguments, message):
     with pytest.raises(InvalidInput, match=message):
-        lh.estimate_llc(loss_fn, FIT3, data, **SHORT, **arguments)
+        lh.estimate_llc(loss_fn, FIT3, data, **SHORT | arguments)
 
 
 @pytest.mark.parametrize("params", [{}, {"w": np.ones(3, int)}])
