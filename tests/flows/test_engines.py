@@ -40,7 +40,7 @@ import sys
 sys.modules["dask"] = sys.modules["distributed"] = sys.modules["prefect_dask"] = None
 import flows.sweep
 from flows.engines import _task_runner
-from lambda_hat.settings import Runtime
+from lambda_hat.specs.settings import Runtime
 _task_runner(Runtime())
 """
     subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, check=True)

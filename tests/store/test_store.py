@@ -401,7 +401,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     script = f"""
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-from lambda_hat.manifest import StoreUnavailable, target_address
+from lambda_hat.store.manifest import StoreUnavailable, target_address
 from lambda_hat.store import Store
 store, address = Store({str(tmp_path / "store")!r}), target_address({TARGET!r})
 for files, summary in [({{"small": b"x", "big": bytes(1_000_000)}}, {{}}), ({{"small": b"x"}}, {{"text": "x" * 1_000_000}})]:

@@ -195,8 +195,8 @@ def test_processes_publish_at_once(store):
     """Each its five and one that is everybody's."""
     script = f"""
 import sys
-from lambda_hat.manifest import target_address
-from lambda_hat.storage import Storage
+from lambda_hat.store.manifest import target_address
+from lambda_hat.store.storage import Storage
 from lambda_hat.store import Store
 store = Store({store.uri!r})
 for number in [0, *range(int(sys.argv[1]), int(sys.argv[1]) + 5)]:
@@ -273,8 +273,8 @@ def test_processes_read_one_cache_at_once(store, tmp_path):
     store.publish(ADDRESSES[0], {"params.npz": content}, spec={}, summary={})
     script = f"""
 import hashlib
-from lambda_hat.manifest import target_address
-from lambda_hat.storage import Storage
+from lambda_hat.store.manifest import target_address
+from lambda_hat.store.storage import Storage
 from lambda_hat.store import Store
 store = Store({store.uri!r}, cache={str(tmp_path / "cache")!r})
 print(hashlib.sha256(store.read(target_address({TARGET!r}), "params.npz")).hexdigest())
