@@ -13,7 +13,8 @@ from prefect import flow
 from prefect.logging import get_run_logger
 
 from flows.ends import NOT_KEPT, Stop
-from flows.orchestration import Command, RunsFailed, command_line, parse, parser
+from flows.options import parse, parser
+from flows.orchestration import Command, RunsFailed, command_line
 from flows.runs import compute, run_each, show
 from flows.tasks import Place, begin, measure, train
 from lambda_hat.batch_size import artifacts

@@ -11,7 +11,8 @@ from prefect import flow
 from prefect.logging import get_run_logger
 
 from flows.ends import Stop
-from flows.orchestration import Command, RunsFailed, command_line, parse, parser
+from flows.options import parse, parser
+from flows.orchestration import Command, RunsFailed, command_line
 from flows.runs import compute, run_each, show
 from flows.tasks import Place, begin, measure_update, train_policy
 from lambda_hat.entropy import artifacts

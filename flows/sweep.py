@@ -10,7 +10,8 @@ from typing import Any
 from prefect import flow
 
 from flows.ends import Stop
-from flows.orchestration import Command, RunsFailed, command_line, parse, parser, publish_to_ui
+from flows.options import parse, parser
+from flows.orchestration import Command, RunsFailed, command_line, publish_to_ui
 from flows.runs import compute, show
 from flows.tasks import Place, begin
 from lambda_hat.batch_size.plan import with_stored
