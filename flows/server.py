@@ -9,6 +9,9 @@ import sys
 import threading
 from typing import Any
 
+#: Seconds that the server has to start; Prefect's twenty are too few on a busy machine.
+START_SECONDS = 120
+
 
 def tie_server() -> None:
     """Has the server that Prefect starts, where none is configured, end with this process; call before a flow."""
@@ -33,6 +36,9 @@ def tie_server() -> None:
                 stdin=subprocess.PIPE,
                 env={**os.environ, **own, **settings},
             )
+
+        def start(self, timeout: int | None = None) -> None:
+            super().start(START_SECONDS if timeout is None else timeout)
 
         def stop(self) -> None:
             process = self.server_process
