@@ -78,22 +78,20 @@ class Command(NamedTuple):
 def command_line(command: Command, options: Any, stop: Stop) -> int:
     """Runs a flow from the command line; returns the exit status: 0, 1 where runs failed or something broke, 2 for wrong input
     or no store, 130 or 143 where it was stopped."""
-    tracebacks = Tracebacks()
-    try:
-        with stop, tracebacks:
+    with stop, Tracebacks() as tracebacks:
+        try:
             return _run(command, options, tracebacks)
-    except (InvalidInput, ArtifactError, StoreUnavailable) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        stop.say()
-        return 128 + stop.signum
-    except Exception as error:  # of ours or of a library: what it says, in a line
-        with tracebacks:
+        except (InvalidInput, ArtifactError, StoreUnavailable) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            stop.say()
+            return 128 + stop.signum
+        except Exception as error:  # of ours or of a library: what it says, in a line
             logging.getLogger("prefect").error("%s", type(error).__name__, exc_info=error)
-        said = " ".join(str(error).split()) or "no message"
-        print(f"error: {type(error).__name__}: {shortened(said)}. {tracebacks.where()}", file=sys.stderr)
-        return 1
+            said = " ".join(str(error).split()) or "no message"
+            print(f"error: {type(error).__name__}: {shortened(said)}. {tracebacks.where()}", file=sys.stderr)
+            return 1
 
 
 def _run(command: Command, options: Any, tracebacks: Tracebacks) -> int:
