@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lambda_hat.batch_size.artifacts import find_target
-from lambda_hat.llc.plan import POSTERIOR, SAMPLER, check_own, make_plan, sampling
+from lambda_hat.llc.plan import SAMPLING, check_own, make_plan, sampling
 from lambda_hat.llc.run import RunSpec
-from lambda_hat.specs.grid import DEFAULT, TAGS, Grid, Limit, Section, check_components, study_options, validated
-from lambda_hat.specs.overrides import Sweep, left, parse_sweep, without
+from lambda_hat.specs.grid import DEFAULT, TAGS, Grid, Limit, Section, check_components, study_plan, validated
+from lambda_hat.specs.overrides import Sweep, parse_sweep, without
 from lambda_hat.specs.settings import Preset, Settings, StudyExperiment, lookup, nearest
 from lambda_hat.specs.spec import InvalidInput, Precision
 from lambda_hat.specs.text import described, listing
@@ -29,7 +29,6 @@ FLOAT64_BELOW = 5e-3
 TRIAL = Section("", {"": TrialSpec}, components=("task",), closed=("checkpoint",))
 
 _OPTIONS = ("plots", "keep", "curvature", "target_loss")
-_SAMPLING = (SAMPLER.name, POSTERIOR.name)
 
 
 class StudyPlan(NamedTuple):
@@ -94,13 +93,10 @@ def make_study(settings: Settings, experiment: str | None = None, overrides: Seq
     """
     name = experiment or DEFAULT
     base = lookup(settings.studies, "study", name)
-    user = parse_sweep(overrides)
-    sweeps = [left(parse_sweep(texts), user) for texts in base.sweeps]
-    options = study_options(base, user, _OPTIONS, _plots)
-    user = without(user, [head for head in _OPTIONS if (head,) in user])
+    options, sweeps, user = study_plan(base, overrides, _OPTIONS, _plots)
     limit = Limit(MAX_TRIALS, "A study", "trials")
     grid = Grid(
-        settings.presets, (TRIAL,), limit, without(user, _SAMPLING), names={}, once=_OPTIONS, others=_SAMPLING,
+        settings.presets, (TRIAL,), limit, without(user, SAMPLING), names={}, once=_OPTIONS, others=SAMPLING,
         fields_of="a trial, of its task or of the study",
     )  # fmt: skip
     trials: dict[str, TrialSpec] = {}
@@ -115,7 +111,7 @@ def make_study(settings: Settings, experiment: str | None = None, overrides: Seq
             )
         if ("task",) not in sweep | user:
             raise InvalidInput(f"A study needs a task; got none. Choose with task=NAME. {nearest('', settings.presets.task)}")
-        own = without(sweep, _SAMPLING)
+        own = without(sweep, SAMPLING)
         for trial in _trials(settings, grid, own):
             trials.setdefault(trial.target_id, trial)
             limit.check(len(trials))

@@ -6,10 +6,10 @@ import itertools
 from typing import NamedTuple
 
 from lambda_hat.entropy.spec import EntropySpec, EvaluationSpec, UpdateSpec
-from lambda_hat.llc.plan import ALL, POSTERIOR, SAMPLER, TARGET, make_plan, sampling, targets_of
+from lambda_hat.llc.plan import ALL, SAMPLING, TARGET, make_plan, sampling, targets_of
 from lambda_hat.llc.run import RunSpec
-from lambda_hat.specs.grid import DEFAULT, Grid, Limit, Section, study_options, validated
-from lambda_hat.specs.overrides import Sweep, chosen, left, parse_sweep, without
+from lambda_hat.specs.grid import DEFAULT, Grid, Limit, Section, study_plan, validated
+from lambda_hat.specs.overrides import Sweep, chosen, parse_sweep, without
 from lambda_hat.specs.settings import EntropyExperiment, Settings, lookup
 from lambda_hat.specs.spec import InvalidInput, Spec
 from lambda_hat.specs.text import described, listing
@@ -24,7 +24,6 @@ LIMIT = Limit(10_000, "A study", "measurements")
 MEASUREMENT = Section("", {"": EntropySpec}, closed=("target",))
 
 _OPTIONS = ("plots", "grad_chunk_size", "tf_batch_size")
-_SAMPLING = (SAMPLER.name, POSTERIOR.name)
 
 
 class EntropyPlan(NamedTuple):
@@ -56,10 +55,7 @@ def make_entropy_plan(
     """
     name = experiment or DEFAULT
     base = lookup(settings.entropy, "entropy study", name)
-    user = parse_sweep(overrides)
-    sweeps = [left(parse_sweep(texts), user) for texts in base.sweeps]
-    options = study_options(base, user, _OPTIONS, _plots)
-    user = without(user, [option for option in _OPTIONS if (option,) in user])
+    options, sweeps, user = study_plan(base, overrides, _OPTIONS, _plots)
     alone = settings.model_copy(update={"experiments": {}})
     specs: dict[str, EntropySpec] = {}
     runs: dict[str, RunSpec] = {}
@@ -67,7 +63,7 @@ def make_entropy_plan(
         if ("target", "checkpoint") not in sweep | user:
             sweep |= parse_sweep([f"target.checkpoint={ALL}"])
         samples = sampling(sweep | user)
-        for spec in _specs(settings, without(sweep, _SAMPLING), without(user, _SAMPLING)):
+        for spec in _specs(settings, without(sweep, SAMPLING), without(user, SAMPLING)):
             specs.setdefault(spec.entropy_id, spec)
             LIMIT.check(len(specs))
         if samples:
@@ -113,7 +109,7 @@ def _specs(settings: Settings, sweep: Sweep, user: Sweep) -> list[EntropySpec]:
                 f"An entropy study is of policies; {name!r} is a target of family {family!r}. --list has policies."
             )
     grid = Grid(
-        settings.presets, (TARGET, MEASUREMENT), LIMIT, user, names={"target": names}, once=_OPTIONS, others=_SAMPLING,
+        settings.presets, (TARGET, MEASUREMENT), LIMIT, user, names={"target": names}, once=_OPTIONS, others=SAMPLING,
         fields_of="a measurement, of its batches, of the policy or of the study",
     )  # fmt: skip
     targets = [spec for name in names for spec in targets_of(settings, grid, name, sweep)]

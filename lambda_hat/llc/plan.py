@@ -29,6 +29,8 @@ ALL = "all"
 TARGET = Section("target", by_tag(AnyTargetSpec, "family"), "family", ("model", "data", "training"))
 POSTERIOR = Section("posterior", {"": PosteriorSpec})
 SAMPLER = Section("sampler", by_tag(AnySamplerSpec, "kind"), "kind")
+#: The sections whose keys are about sampling, in studies that sample what they train or measure.
+SAMPLING = (SAMPLER.name, POSTERIOR.name)
 
 
 def make_plan(settings: Settings, experiment: str | None = None, overrides: Sequence[str] = ()) -> list[RunSpec]:
@@ -113,7 +115,7 @@ def sampling(sweep: Sweep) -> list[str]:
     Raises:
       InvalidInput: there are some, but no `sampler=`.
     """
-    own = [assignment for path, assignment in sweep.items() if path[0] in (SAMPLER.name, POSTERIOR.name)]
+    own = [assignment for path, assignment in sweep.items() if path[0] in SAMPLING]
     if own and ("sampler",) not in sweep:
         raise InvalidInput(f"{own[0].key} is of sampling, which a study does with sampler=NAME; got none.")
     return [assignment.text for assignment in own]

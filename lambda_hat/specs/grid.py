@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar, cast, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from lambda_hat.specs.overrides import Assignment, KeyPath, Sweep, Value, chosen, plain
+from lambda_hat.specs.overrides import Assignment, KeyPath, Sweep, Value, chosen, left, parse_sweep, plain, without
 from lambda_hat.specs.settings import EntropyExperiment, Preset, Presets, StudyExperiment, explain, lookup, models_in, nearest
 from lambda_hat.specs.spec import InvalidInput, Spec
 
@@ -172,17 +172,27 @@ def swept(annotation: Any, values: tuple[Value, ...]) -> tuple[Value, ...]:
     return tuple({repr(value): value for value in values}.values())
 
 
-def study_options(
-    base: AnyExperiment, user: Sweep, names: Collection[str], plots: Callable[[], Collection[str]]
-) -> AnyExperiment:
-    """The options of a study, those of `names`, changed by overrides.
+def study_plan(
+    base: AnyExperiment, overrides: Iterable[str], options: Collection[str], plots: Callable[[], Collection[str]]
+) -> tuple[AnyExperiment, list[Sweep], Sweep]:
+    """A study changed by overrides: its options; its sweeps, less what the overrides replace; and the overrides of these.
 
     Args:
-      plots: gives the names of plots there are; called where some are chosen.
+      options: the keys of the study itself. plots: gives the names of plots there are; called where some are chosen.
 
     Raises:
-      InvalidInput: a value is wrong, or a plot is not known.
+      InvalidInput: a text is not of the grammar, a value of an option is wrong, or a plot is not known.
     """
+    user = parse_sweep(overrides)
+    sweeps = [left(parse_sweep(texts), user) for texts in base.sweeps]
+    changed = _study_options(base, user, options, plots)
+    return changed, sweeps, without(user, [option for option in options if (option,) in user])
+
+
+def _study_options(
+    base: AnyExperiment, user: Sweep, names: Collection[str], plots: Callable[[], Collection[str]]
+) -> AnyExperiment:
+    """The options of a study, those of `names`, changed by overrides."""
     fields = base.model_dump()
     for name in names:
         if assignment := user.get((name,)):

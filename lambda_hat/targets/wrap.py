@@ -27,6 +27,8 @@ LossFn = Callable[[Any, Any], jax.Array]
 
 #: Samples of the batch on which a loss is traced, chosen at random.
 TRACED = 32
+#: Steps of loops up to which a loss is evaluated without compiling, which takes about a millisecond each.
+MAX_PLAIN_STEPS = 1000
 
 
 class Wrapped(NamedTuple):
@@ -193,10 +195,6 @@ def _failures_in_words(batch: str) -> Iterator[None]:
             f"samples; with {batch} it raised {type(error).__name__}: {said}. Use jax.numpy in place of numpy, jnp.where in "
             "place of if, sizes that do not depend on values, and no batch size of its own."
         ) from error
-
-
-#: Steps of loops up to which a loss is evaluated without compiling, which takes about a millisecond each.
-MAX_PLAIN_STEPS = 1000
 
 
 def _forget_stale(problem: _Problem, params: dict[str, np.ndarray], few: Dataset) -> None:
