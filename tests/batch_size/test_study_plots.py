@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import itertools
 import re
 
@@ -10,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.collections import PatchCollection, QuadMesh
-from test_report import PNG, Page
+from test_report import PNG, Page, assert_needs_nothing_else
 
 from lambda_hat.batch_size.plots import CAPTIONS, PLOTS, draw_plots
 from lambda_hat.batch_size.report import MAX_TRIALS, _best, study_report
@@ -597,15 +596,7 @@ def studied():
 def test_report_needs_nothing_else(studied):
     _, html = studied
     page = Page(html)
-    assert html.startswith("<!doctype html>")
-    assert not page.of("script")
-    for _, attributes in page.elements:
-        for name in ("src", "href"):
-            assert (attributes.get(name) or "#").startswith(("data:image/png;base64,", "#"))
-    assert [image["src"].partition(",")[2] for image in page.of("img")] == [base64.b64encode(PNG).decode()] * 2
-    assert {link["href"] for link in page.of("a")} <= {
-        f"#{attributes['id']}" for _, attributes in page.elements if "id" in attributes
-    }
+    assert_needs_nothing_else(html, page)
 
 
 def test_report_says_what_was_run_and_found(studied):

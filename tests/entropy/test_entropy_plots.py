@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
 from matplotlib.text import Text
-from test_report import PNG, Page
+from test_report import PNG, Page, assert_needs_nothing_else
 
 from lambda_hat.entropy.analysis import (
     all_influences,
@@ -521,15 +519,7 @@ def spaced(row):
 def test_report_needs_nothing_else():
     html = report(study_of(), {"exchange": PNG, "etas": PNG})
     page = Page(html)
-    assert html.startswith("<!doctype html>")
-    assert not page.of("script")
-    for _, attributes in page.elements:
-        for name in ("src", "href"):
-            assert (attributes.get(name) or "#").startswith(("data:image/png;base64,", "#"))
-    assert [image["src"].partition(",")[2] for image in page.of("img")] == [base64.b64encode(PNG).decode()] * 2
-    assert {link["href"] for link in page.of("a")} <= {
-        f"#{attributes['id']}" for _, attributes in page.elements if "id" in attributes
-    }
+    assert_needs_nothing_else(html, page)
     text = " ".join(page.texts)
     assert "H & <eta>: 4 measurements of the policy's entropy" in text
     assert "Accuracy R against entropy H" in text

@@ -63,6 +63,19 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
+def assert_needs_nothing_else(html: str, page: Page) -> None:
+    """Of the page of a study with two plots, both `PNG`: it has no script, and refers to itself alone."""
+    assert html.startswith("<!doctype html>")
+    assert not page.of("script")
+    for _, attributes in page.elements:
+        for name in ("src", "href"):
+            assert (attributes.get(name) or "#").startswith(("data:image/png;base64,", "#"))
+    assert [image["src"].partition(",")[2] for image in page.of("img")] == [base64.b64encode(PNG).decode()] * 2
+    assert {link["href"] for link in page.of("a")} <= {
+        f"#{attributes['id']}" for _, attributes in page.elements if "id" in attributes
+    }
+
+
 def run_of(spec, trace, label=("bowl", "sgld"), plots=None, metrics=METRICS):
     return ReportRun(label, spec, diagnose(spec, trace, metrics), {"trace": PNG} if plots is None else plots)
 
